@@ -1,0 +1,35 @@
+# Both commands do all their own set-up in a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test lint clean
+
+demo: .venv/.demo
+	$(BIN)/dpfl train examples/newswire.toml --out runs/newswire-$$(date +%Y%m%d-%H%M%S)
+
+test: .venv/.test lint
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term -q -m "not slow"
+
+lint: .venv/.test
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/interrogate -q src
+
+.venv/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+.venv/.demo: .venv/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/.test: .venv/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv

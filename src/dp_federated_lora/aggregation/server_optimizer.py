@@ -1,0 +1,67 @@
+"""Server optimisers: pure (init, update) pairs over flat vectors (Reddi et al. 2021, arXiv 2003.00295).
+
+They see released values only, so they are post-processing; state is explicit and goes into the checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, final
+
+import torch
+from torch import Tensor
+
+OptimizerState = dict[str, Tensor]
+
+
+class ServerOptimizer(Protocol):
+    """Turns the released mean change of a round into the step that the global adapter takes."""
+
+    def init(self, size: int) -> OptimizerState:
+        """State before the first round, for vectors `(size,)`."""
+
+    def update(self, mean: Tensor, state: OptimizerState) -> tuple[Tensor, OptimizerState]:
+        """The step `(d,)` to add to the adapter, and the next state, given the released mean `(d,)`."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Sgd:
+    """v <- momentum v + mean; step = learning_rate v. Momentum 0 and rate 1 is FedAvg."""
+
+    learning_rate: float
+    momentum: float = 0.0
+
+    def init(self, size: int) -> OptimizerState:
+        """Zero velocity `(size,)`."""
+        return {"velocity": torch.zeros(size, dtype=torch.float64)}
+
+    def update(self, mean: Tensor, state: OptimizerState) -> tuple[Tensor, OptimizerState]:
+        """Heavy-ball step."""
+        velocity = self.momentum * state["velocity"] + mean
+        return self.learning_rate * velocity, {"velocity": velocity}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Adam:
+    """FedAdam with bias correction (Kingma and Ba 2015); epsilon is added outside the root."""
+
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.99
+    epsilon: float = 1e-8
+
+    def init(self, size: int) -> OptimizerState:
+        """Zero moments `(size,)` and step count 0."""
+        zeros = torch.zeros(size, dtype=torch.float64)
+        return {"first": zeros, "second": zeros.clone(), "steps": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, mean: Tensor, state: OptimizerState) -> tuple[Tensor, OptimizerState]:
+        """Adam step."""
+        steps = state["steps"] + 1
+        first = self.beta1 * state["first"] + (1 - self.beta1) * mean
+        second = self.beta2 * state["second"] + (1 - self.beta2) * mean**2
+        unbiased = first / (1 - self.beta1**steps)
+        scale = (second / (1 - self.beta2**steps)).sqrt() + self.epsilon
+        return self.learning_rate * unbiased / scale, {"first": first, "second": second, "steps": steps}

@@ -1,0 +1,212 @@
+"""Words in, words out: every command calls one function of `lab` and prints what came back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dp_federated_lora.errors import DpflError, RunInterrupted
+
+app = typer.Typer(
+    help="Federated LoRA fine-tuning with differential privacy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+ledger_app = typer.Typer(help="Look at the charges of a run.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(ledger_app, name="ledger")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; repeatable.")
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration file.")]
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _show(title: str, rows: dict[str, str]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for key, value in rows.items():
+        table.add_row(key, value)
+    Console().print(table)
+
+
+@app.command(epilog="Example: dpfl recipes")
+def recipes(as_json: AsJson = False) -> None:
+    """List the ready configurations."""
+    from dp_federated_lora.lab.recipes import recipe_names  # noqa: PLC0415
+
+    names = recipe_names()
+    _print_json(names) if as_json else _show("Recipes", names)
+
+
+@app.command(epilog="Example: dpfl init newswire newswire.toml")
+def init(
+    recipe: Annotated[str, typer.Argument(help="A name that `dpfl recipes` lists.")],
+    path: Annotated[Path | None, typer.Argument(help="Where to; default RECIPE.toml.")] = None,
+) -> None:
+    """Write a commented configuration to start from."""
+    from dp_federated_lora.errors import RunError  # noqa: PLC0415
+    from dp_federated_lora.lab.recipes import recipe_text  # noqa: PLC0415
+
+    text, target = recipe_text(recipe), path or Path(f"{recipe}.toml")
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise RunError(f"{target} exists; name another file") from error
+    except OSError as error:
+        raise RunError(f"cannot write {target}: {error.strerror}") from error
+    typer.echo(f"Wrote {target}. Next: dpfl plan {target}")
+
+
+@app.command(epilog="Example: dpfl plan newswire.toml --set privacy.epsilon=3")
+def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a run would do, cost and promise; nothing is trained."""
+    from dp_federated_lora.lab import load_config, plan_run  # noqa: PLC0415
+    from dp_federated_lora.monitoring.statement import statement_in_words  # noqa: PLC0415
+
+    settings = load_config(config, overrides=overrides or ())
+    result = plan_run(settings)
+    facts = result.as_json()
+    if as_json:
+        _print_json(facts)
+        return
+    _show(
+        f"Plan of {config}",
+        {
+            "noise multiplier": f"{facts['noise_multiplier']:.4f}",
+            "rounds": f"{facts['steps']}",
+            "sampling rate": f"{facts['sampling_rate']:g}",
+            "expected cohort": f"{facts['expected_cohort']:g} {result.privacy.unit.value}s a round",
+            "trained parameters": f"{facts['trainable_parameters']:,} ({facts['trainable_fraction']:.3%} of the model)",
+            "bytes per participant and round": f"{facts['bytes_per_client_round']:,}",
+        },
+    )
+    typer.echo(statement_in_words(result.statement, insecure=settings.run.insecure_seed is not None))
+
+
+@app.command(epilog="Example: dpfl train newswire.toml --out runs/first   or   dpfl train --resume runs/first")
+def train(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A configuration file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The new run directory.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
+    insecure_seed: Annotated[
+        int | None, typer.Option(help="Noise from this seed, to repeat a run in tests: NOT PRIVATE.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train, and write the run directory."""
+    from dp_federated_lora.errors import ConfigError  # noqa: PLC0415
+    from dp_federated_lora.lab import load_config  # noqa: PLC0415
+    from dp_federated_lora.lab import train as train_run  # noqa: PLC0415
+    from dp_federated_lora.lab.planning import statement_json  # noqa: PLC0415
+    from dp_federated_lora.monitoring.progress import ProgressBoard  # noqa: PLC0415
+    from dp_federated_lora.monitoring.statement import statement_in_words  # noqa: PLC0415
+
+    if (config is None) == (resume is None):
+        raise ConfigError("give a CONFIG to start a run, or --resume RUN to continue one")
+    if resume is not None and (out or overrides or insecure_seed is not None):
+        raise ConfigError("--resume continues a run exactly as it was started; --out, --set and --insecure-seed do not apply")
+    seeded = [] if insecure_seed is None else [f"run.insecure_seed={insecure_seed}"]
+    settings = load_config(config or (resume or Path()) / "config.toml", overrides=[*(overrides or ()), *seeded])
+    with ProgressBoard(budget_epsilon=settings.privacy.epsilon) as board:
+        result = train_run(None if resume else settings, out=out, resume=resume, on_round=board.update)
+    if as_json:
+        _print_json(
+            {
+                "run": str(result.path),
+                "rounds": result.rounds,
+                "epsilon": result.epsilon,
+                "delta": result.delta,
+                "metrics": result.metrics,
+                "statement": statement_json(result.statement),
+            }
+        )
+        return
+    _show(
+        f"Finished: {result.path}",
+        {
+            "rounds": str(result.rounds),
+            "epsilon spent": f"{result.epsilon:.4f} at delta {result.delta:g}",
+            **{name: f"{value:.4f}" for name, value in result.metrics.items()},
+            "report": str(result.path / "report.html"),
+            "adapter": str(result.path / "adapter"),
+        },
+    )
+    typer.echo(statement_in_words(result.statement, insecure=settings.run.insecure_seed is not None))
+
+
+@app.command(epilog="Example: dpfl evaluate runs/first --json")
+def evaluate(
+    run: RunPath,
+    data: Annotated[str | None, typer.Option(help="Source of a public or declared-non-private table.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a run on public test data."""
+    from dp_federated_lora.lab import evaluate as evaluate_run  # noqa: PLC0415
+
+    metrics = evaluate_run(run, data=data)
+    _print_json(metrics) if as_json else _show(f"{run}", {k: f"{v:.4f}" for k, v in metrics.items()})
+
+
+@ledger_app.command("show", epilog="Example: dpfl ledger show runs/first")
+def ledger_show(run: RunPath, as_json: AsJson = False) -> None:
+    """Print every charge of a run and the total."""
+    from dp_federated_lora.privacy import Ledger  # noqa: PLC0415
+
+    ledger = Ledger.read(run / "ledger.sqlite")
+    spend = ledger.spent()
+    rows = [
+        {"serial": r.serial, "kind": r.kind, "round": r.round, "time": r.time, **r.facts, "hash": r.hash}
+        for r in ledger.rows()
+    ]
+    if as_json:
+        _print_json({"owner": ledger.owner, "epsilon": spend.epsilon, "delta": spend.delta, "rows": rows})
+        return
+    table = Table("serial", "kind", "round", "time", "hash", title=f"Ledger of {ledger.owner}", title_justify="left")
+    for row in ledger.rows():
+        table.add_row(str(row.serial), row.kind, str(row.round), row.time, row.hash[:16])
+    Console().print(table)
+    typer.echo(
+        f"epsilon {spend.epsilon:.4f} of {ledger.budget.epsilon:g} at delta {spend.delta:g}: {spend.charges} charges, "
+        f"{spend.released} published rounds"
+    )
+
+
+@ledger_app.command("verify", epilog="Example: dpfl ledger verify runs/first")
+def ledger_verify(run: RunPath, as_json: AsJson = False) -> None:
+    """Check every row of the hash chain, and that it is not older than what the run saw."""
+    from dp_federated_lora.errors import LedgerCorrupt  # noqa: PLC0415
+    from dp_federated_lora.privacy import Ledger  # noqa: PLC0415
+
+    ledger, statement = Ledger.read(run / "ledger.sqlite"), run / "privacy.json"
+    if statement.is_file() and not ledger.contains(json.loads(statement.read_text(encoding="utf-8"))["ledger_head"]):
+        raise LedgerCorrupt(f"{run}: the ledger lacks rows that privacy.json has seen; it was rolled back or replaced")
+    facts = {"rows": len(ledger.rows()), "head": ledger.head, "epsilon": ledger.spent().epsilon}
+    _print_json(facts) if as_json else typer.echo(f"intact: {facts['rows']} rows, head {ledger.head}")
+
+
+def main() -> None:
+    """Entry point: errors become one message and an exit code (130 when interrupted, 2 otherwise)."""
+    try:
+        app()
+    except DpflError as error:
+        typer.echo(f"dpfl: {type(error).__name__}: {error}", err=True)
+        sys.exit(130 if isinstance(error, RunInterrupted) else 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Every exception of the package: one class per broken rule.
+
+A message says what is wrong (with the numbers), where, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class DpflError(Exception):
+    """Base of every error that a user of this package can cause or meet."""
+
+
+# --- configuration, sources, data, model -------------------------------------------------------
+
+
+class ConfigError(DpflError):
+    """A configuration key is unknown, missing, malformed or impossible in combination."""
+
+
+class SourceError(DpflError):
+    """A `hf:`, `pypi:` or path source cannot be resolved, or its content has the wrong hash."""
+
+
+class DataError(DpflError):
+    """A data file was found but cannot be used: wrong columns, unknown label, no rows."""
+
+
+class ModelError(DpflError):
+    """A base model cannot be loaded or adapted as configured."""
+
+
+# --- privacy ------------------------------------------------------------------------------------
+
+
+class PrivacyError(DpflError):
+    """A privacy rule would be broken; nothing was released."""
+
+
+class IncompatiblePlan(PrivacyError):
+    """Sampler, clip, mechanism, method or trust do not fit together."""
+
+
+class UnsupportedEvent(PrivacyError):
+    """A privacy event is not in the closed table that the accountants understand."""
+
+
+class BudgetExhausted(PrivacyError):
+    """The next event would take the composed epsilon above the budget."""
+
+
+class BudgetMismatch(PrivacyError):
+    """A ledger was opened with another budget or owner than the one written in it."""
+
+
+class PermitMismatch(PrivacyError):
+    """A release was asked for with a permit of another event or round."""
+
+
+class PermitSpent(PrivacyError):
+    """A permit buys one release; this one has been used."""
+
+
+class RoundAlreadyReleased(PrivacyError):
+    """A round that has been published cannot be released a second time."""
+
+
+class DuplicateContribution(PrivacyError):
+    """One privacy unit appears twice in one sum."""
+
+
+class InsecureRandomness(PrivacyError):
+    """A seeded generator was used where only operating-system entropy is allowed."""
+
+
+class LedgerCorrupt(PrivacyError):
+    """The ledger's hash chain, schema or file is damaged or was edited."""
+
+
+class LedgerLocked(PrivacyError):
+    """Another process holds the ledger."""
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+class RunError(DpflError):
+    """A run directory exists already, is in use, is incomplete, or is not one."""
+
+
+class StorageError(DpflError):
+    """The disk refused a write (full, read-only); what was durable before stays valid."""
+
+
+class CheckpointError(DpflError):
+    """A checkpoint is missing, damaged, of another configuration, or older than the ledger."""
+
+
+class RunInterrupted(DpflError):
+    """The run was asked to stop (SIGINT, SIGTERM) and stopped cleanly between two rounds."""

@@ -1,0 +1,158 @@
+"""What survives a crash: the server state after a round, and the key of a round under way.
+
+Both are written to a temporary file, synced and renamed, so a reader finds the old or the new content, never a
+torn one. The key file lives from before the charge until the round's checkpoint is durable: with it, an interrupted
+round is re-created to the bit under its first charge. Whoever reads it can subtract that round's noise, so it is
+readable by its owner only and overwritten before it is removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, final
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dp_federated_lora.errors import CheckpointError, StorageError
+from dp_federated_lora.privacy import SecureRandom
+
+_FORMAT: Final = "dpfl-checkpoint-1"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """State after `round` rounds: all adapter tensors, and the server optimiser's."""
+
+    round: int
+    adapter: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+
+
+def write_durably(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    """Replace the file at `path` in one step that survives a crash.
+
+    Raises:
+        StorageError: if the disk refuses; the old file is then still there.
+    """
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}. What was saved before is intact: free space or fix "
+            "permissions, then continue with --resume"
+        ) from error
+
+
+def write_checkpoint(path: Path, state: ServerState, *, run_id: str, ledger_head: str) -> None:
+    """Save `state` durably, with the run it belongs to and the ledger head it has seen.
+
+    Raises:
+        StorageError: if the disk refuses.
+    """
+    tensors = {f"adapter/{n}": t.contiguous() for n, t in state.adapter.items()}
+    tensors |= {f"optimizer/{n}": t.contiguous() for n, t in state.optimizer.items()}
+    facts = {
+        "format": _FORMAT,
+        "round": str(state.round),
+        "run_id": run_id,
+        "ledger_head": ledger_head,
+        "digest": _digest(tensors),
+    }
+    write_durably(path, save(tensors, metadata=facts))
+
+
+def read_checkpoint(path: Path, *, run_id: str) -> tuple[ServerState, str]:
+    """Read a checkpoint of the run `run_id`; returns the state and the ledger head it had seen.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or of another run.
+    """
+    fix = "restore the file from a backup of the run directory, or start a new run"
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the checkpoint {path} cannot be read ({error}); {fix}") from error
+    if facts.get("format") != _FORMAT or facts.get("digest") != _digest(tensors):
+        raise CheckpointError(f"the checkpoint {path} is damaged: its content does not match its digest; {fix}")
+    if facts["run_id"] != run_id:
+        raise CheckpointError(
+            f"the checkpoint {path} belongs to configuration {facts['run_id'][:12]}, this run is {run_id[:12]}: "
+            "a run resumes with the configuration and data it was started with"
+        )
+    parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        parts[kind][rest] = tensor
+    return ServerState(int(facts["round"]), parts["adapter"], parts["optimizer"]), facts["ledger_head"]
+
+
+@final
+class RoundKeyFile:
+    """The key of the round under way.
+
+    Args:
+        path: the file; absent between rounds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def open_round(self, number: int, *, insecure_seed: int | None) -> SecureRandom:
+        """The stream of round `number`: the one of an interrupted attempt if its key is here, else a fresh one, saved.
+
+        Raises:
+            StorageError: if the key cannot be saved.
+        """
+        if insecure_seed is not None:
+            return SecureRandom.insecure_from(insecure_seed).derive("round", number)
+        try:
+            label, _, key = self._path.read_bytes().partition(b"\n")
+            if label == str(number).encode() and len(key) == SecureRandom.KEY_BYTES:
+                return SecureRandom(key)
+        except FileNotFoundError:
+            pass
+        fresh = SecureRandom.from_os()
+        write_durably(self._path, f"{number}\n".encode() + fresh.export_key(), mode=0o600)
+        return fresh
+
+    def destroy(self) -> None:
+        """Overwrite and remove the key of a finished round."""
+        if self._path.exists():
+            with self._path.open("r+b") as file:
+                file.write(bytes(self._path.stat().st_size))
+                file.flush()
+                os.fsync(file.fileno())
+            self._path.unlink()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(f"{name}{tuple(tensors[name].shape)}{tensors[name].dtype}".encode())
+        total.update(tensors[name].contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

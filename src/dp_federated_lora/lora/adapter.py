@@ -1,0 +1,214 @@
+"""PEFT's LoRA on a backbone: which tensors can be trained, what they are called, and saving them.
+
+PEFT puts the layers in place and defines the file format, so an adapter trained here loads with
+`peft.PeftModel.from_pretrained(AutoModel..., "adapter")` on the plain backbone, without this package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dp_federated_lora.errors import ModelError
+from dp_federated_lora.lora.models import Pooling, Task, TextClassifier
+
+
+class Factor(Enum):
+    """The kinds of tensors an adapter has."""
+
+    A = "lora_A"
+    B = "lora_B"
+    HEAD = "head"
+
+
+def block_list(backbone: nn.Module) -> nn.ModuleList:
+    """The transformer blocks of a backbone: its longest ModuleList.
+
+    Raises:
+        ModelError: if it has none.
+    """
+    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ModelError("the backbone has no list of blocks; leave lora.last_layers out")
+    return max(lists, key=len)
+
+
+@final
+class AdaptedModel:
+    """A frozen base model with a LoRA adapter (and head) whose tensors go by name.
+
+    Args:
+        module: what runs the forward pass: the `TextClassifier`, or the causal language model with its adapter.
+        peft_model: the PEFT model inside.
+        task: what it computes.
+        base_parameters: number of parameters of the base model.
+    """
+
+    def __init__(self, module: nn.Module, peft_model: Any, task: Task, base_parameters: int) -> None:
+        self.module = module
+        self.task = task
+        self.base_parameters = base_parameters
+        self._peft = peft_model
+        self._factors: dict[str, Factor] = {}
+        self._parameters: dict[str, nn.Parameter] = {}
+        for name, parameter in module.named_parameters():
+            factor = next((f for f in (Factor.A, Factor.B) if f".{f.value}." in name), None)
+            if factor is None and name.startswith("head."):
+                factor = Factor.HEAD
+            if factor is not None:
+                self._factors[name] = factor
+                self._parameters[name] = parameter
+
+    def parameters(self, factors: frozenset[Factor]) -> dict[str, nn.Parameter]:
+        """Adapter tensors of the given kinds, by name, in model order."""
+        return {name: p for name, p in self._parameters.items() if self._factors[name] in factors}
+
+    def train_only(self, factors: frozenset[Factor]) -> dict[str, nn.Parameter]:
+        """Let gradients flow to the given kinds and to nothing else; returns their parameters."""
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(self._factors[name] in factors)
+        return self.parameters(factors)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of all adapter tensors."""
+        return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set adapter tensors; names left out stay as they are.
+
+        Raises:
+            ModelError: on an unknown name or another shape.
+        """
+        with torch.no_grad():
+            for name, value in tensors.items():
+                target = self._parameters.get(name)
+                if target is None or target.shape != value.shape:
+                    raise ModelError(
+                        f"adapter tensor {name} {tuple(value.shape)} does not fit this model: "
+                        f"{'no such tensor' if target is None else f'expected {tuple(target.shape)}'}"
+                    )
+                target.copy_(value)
+
+    def save(self, folder: Path, *, source: str) -> None:
+        """Write a PEFT adapter of the plain backbone, the head, and how to load them."""
+        self._peft.peft_config["default"].base_model_name_or_path = source
+        self._peft.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        head = {n.removeprefix("head."): p.detach().clone() for n, p in self.parameters(frozenset((Factor.HEAD,))).items()}
+        if head:
+            save_file(head, folder / "head.safetensors")
+        (folder / "README.md").write_text(_card(source, self.task, bool(head)), encoding="utf-8")
+
+    def load_saved(self, folder: Path) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            ModelError: if a file is missing, damaged or of another model.
+        """
+        from peft import set_peft_model_state_dict  # noqa: PLC0415  (imports transformers)
+
+        try:
+            result = set_peft_model_state_dict(self._peft, load_file(folder / "adapter_model.safetensors"))
+            if result.unexpected_keys:
+                raise ModelError(f"{folder} belongs to another model: unexpected {result.unexpected_keys[:3]}")
+            if self.parameters(frozenset((Factor.HEAD,))):
+                self.load({f"head.{n}": t for n, t in load_file(folder / "head.safetensors").items()})
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ModelError(f"the adapter in {folder} cannot be read: {error}") from error
+
+
+def adapt(
+    backbone: nn.Module,
+    *,
+    task: Task,
+    classes: int = 0,
+    pooling: Pooling = "mean",
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    last_layers: int | None,
+    seed: int,
+) -> AdaptedModel:
+    """Put LoRA (and for classification a head) on a frozen backbone.
+
+    A is drawn with orthonormal rows from the public `seed`, so that it passes a fixed share of any input's energy;
+    B and the head start at zero, so training starts from the base model.
+
+    Args:
+        backbone: from `load_backbone`; changed in place.
+        task: classification or causal language modelling.
+        classes: number of classes (classification).
+        pooling: how the classifier pools.
+        rank: r.
+        alpha: the branch is scaled by alpha / r.
+        targets: names of the linear layers to adapt, as in PEFT's `target_modules`.
+        last_layers: adapt the last k blocks only; None for all.
+        seed: public randomness of A.
+
+    Raises:
+        ModelError: if no layer matches or a target cannot carry LoRA.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model  # noqa: PLC0415  (imports transformers)
+
+    base_parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    layers: list[int] | None = None
+    if last_layers is not None:
+        blocks = len(block_list(backbone))
+        if not 1 <= last_layers <= blocks:
+            raise ModelError(f"lora.last_layers must lie in 1..{blocks} for this model, got {last_layers}")
+        layers = list(range(blocks - last_layers, blocks))
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM if task is Task.CAUSAL_LM else TaskType.FEATURE_EXTRACTION,
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=list(targets),
+        layers_to_transform=layers,
+        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in backbone.modules()),
+    )
+    try:
+        peft_model: Any = get_peft_model(backbone, config)
+    except ValueError as error:
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in backbone.named_modules() if isinstance(m, nn.Linear)})
+        raise ModelError(f"lora.targets {list(targets)}: {error}. Linear layers of this model: {linear}") from error
+    peft_model.eval()
+    module: nn.Module = TextClassifier(peft_model, classes, pooling) if task is Task.CLASSIFICATION else peft_model
+    adapted = AdaptedModel(module, peft_model, task, base_parameters)
+    generator = torch.Generator().manual_seed(seed)
+    adapted.load(
+        {
+            name: torch.linalg.qr(torch.randn(*p.shape[::-1], generator=generator, dtype=torch.float64))[0].T.float()
+            for name, p in adapted.parameters(frozenset((Factor.A,))).items()
+            if math.prod(p.shape)
+        }
+    )
+    return adapted
+
+
+def _card(source: str, task: Task, head: bool) -> str:
+    kind = "AutoModelForCausalLM" if task is Task.CAUSAL_LM else "AutoModel"
+    lines = [
+        "# Adapter",
+        "",
+        f"A LoRA adapter of `{source}`, trained with differential privacy. See `../privacy.json` for the guarantee.",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {kind}",
+        f'model = PeftModel.from_pretrained({kind}.from_pretrained(BASE), "adapter")',
+        "```",
+    ]
+    if head:
+        lines += [
+            "",
+            "The classifier is `head.safetensors` (`weight`, `bias`): logits = weight @ normalize(pooled) + bias, where `pooled`",
+            "is the mean of `last_hidden_state` over tokens (or its last token, see `pooling` in `../config.toml`).",
+        ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,47 @@
+"""The privacy kernel's front door: the only names that other packages may import."""
+
+from dp_federated_lora.privacy.accounting import (
+    Composition,
+    DpEvent,
+    calibrate_noise_multiplier,
+    epsilon_rdp,
+    event_from_json,
+    event_to_json,
+)
+from dp_federated_lora.privacy.bounded import Bounded, BoundedSum, Released, UnitId
+from dp_federated_lora.privacy.clipping import clip_examples, clip_to
+from dp_federated_lora.privacy.gradients import ExampleGradients
+from dp_federated_lora.privacy.ledger import Budget, Ledger, LedgerRow, Permit, Spend
+from dp_federated_lora.privacy.mechanisms import GaussianMechanism
+from dp_federated_lora.privacy.plan import PrivacyPlan, PrivacyUnit, StatementRow, Trust, state_privacy
+from dp_federated_lora.privacy.rng import SecureRandom
+from dp_federated_lora.privacy.sampling import PoissonSampler
+
+__all__ = (
+    "Bounded",
+    "BoundedSum",
+    "Budget",
+    "Composition",
+    "DpEvent",
+    "ExampleGradients",
+    "GaussianMechanism",
+    "Ledger",
+    "LedgerRow",
+    "Permit",
+    "PoissonSampler",
+    "PrivacyPlan",
+    "PrivacyUnit",
+    "Released",
+    "SecureRandom",
+    "Spend",
+    "StatementRow",
+    "Trust",
+    "UnitId",
+    "calibrate_noise_multiplier",
+    "clip_examples",
+    "clip_to",
+    "epsilon_rdp",
+    "event_from_json",
+    "event_to_json",
+    "state_privacy",
+)

@@ -1,0 +1,61 @@
+"""Noise on a bounded sum, against a permit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from dp_accounting import GaussianDpEvent
+
+from dp_federated_lora.errors import IncompatiblePlan
+from dp_federated_lora.privacy.accounting import DpEvent
+from dp_federated_lora.privacy.bounded import LATTICE_BITS, BoundedSum, Released
+from dp_federated_lora.privacy.clipping import resolution
+from dp_federated_lora.privacy.ledger import Permit
+from dp_federated_lora.privacy.rng import SecureRandom
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class GaussianMechanism:
+    """Gaussian noise of standard deviation noise_multiplier x clip_norm on the SUM, on the lattice.
+
+    **Guarantee.** The sum is an integer vector of L2 sensitivity 2^22 lattice units (add or remove one unit). The
+    noise is the exact rounding of N(0, sigma^2). As the sum is integral, sum + round(N) = round(sum + N): a
+    post-processing of the Gaussian mechanism, hence never more than its epsilon.
+
+    Args:
+        noise_multiplier: z > 0, standard deviation over sensitivity.
+    """
+
+    noise_multiplier: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
+            raise IncompatiblePlan(f"noise_multiplier must be positive and finite, got {self.noise_multiplier}")
+
+    @property
+    def event(self) -> GaussianDpEvent:
+        """The event of one release without sampling."""
+        return GaussianDpEvent(self.noise_multiplier)
+
+    def release(self, total: BoundedSum, *, charged: DpEvent, permit: Permit, rng: SecureRandom) -> Released:
+        """Burn the permit, then draw noise and return the noised sum `(d,)` float64.
+
+        Args:
+            total: the sealed sum.
+            charged: the event that this release costs, as the plan states it.
+            permit: proof that exactly this event is in the ledger for the stream `rng`.
+            rng: the round's stream.
+
+        Raises:
+            PermitSpent: if the permit bought a release already.
+            PermitMismatch: if it was issued for another event or another stream.
+        """
+        permit.burn(charged, rng.commitment)
+        sigma = math.ldexp(self.noise_multiplier, LATTICE_BITS)
+        noise = torch.from_numpy(rng.derive("noise").rounded_gaussian(sigma, total._value.numel()))
+        value = (total._value + noise).to(torch.float64) * resolution(total.clip_norm)
+        return Released(value, self.noise_multiplier * total.clip_norm, rng.insecure)

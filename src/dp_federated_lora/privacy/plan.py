@@ -1,0 +1,191 @@
+"""The one object that yields sampler, clip norm, mechanism, divisor, events and the privacy statement."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Final, Self, final
+
+from dp_federated_lora.errors import IncompatiblePlan
+from dp_federated_lora.privacy.accounting import Composition, DpEvent, calibrate_noise_multiplier
+from dp_federated_lora.privacy.ledger import Budget
+from dp_federated_lora.privacy.mechanisms import GaussianMechanism
+from dp_federated_lora.privacy.sampling import PoissonSampler
+
+RELATION: Final = "add or remove one"
+
+
+class PrivacyUnit(Enum):
+    """What one 'unit' of the guarantee is: one training example, or everything a client holds."""
+
+    EXAMPLE = "example"
+    CLIENT = "client"
+
+
+class Trust(Enum):
+    """Who adds the noise: the server, on the sum (CENTRAL)."""
+
+    CENTRAL = "central"
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatementRow:
+    """What one adversary can learn.
+
+    Args:
+        adversary: who observes.
+        unit: the protected unit.
+        relation: the neighbouring relation.
+        epsilon: pessimistic bound of what was executed; None means that nothing is guaranteed.
+        delta: the same.
+        assumptions: what the row rests on.
+    """
+
+    adversary: str
+    unit: str
+    relation: str
+    epsilon: float | None
+    delta: float | None
+    assumptions: tuple[str, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacyPlan:
+    """Public facts from which both accounting and execution follow; a change of any changes `content_id`.
+
+    Args:
+        unit: what is protected.
+        trust: who adds noise.
+        sampler: who takes part in a round.
+        clip_norm: C, the L2 bound of one unit's contribution to a round.
+        mechanism: noise on the sum.
+        rounds: T.
+        divisor: public constant by which the noised sum is divided: sampling rate x declared population.
+        budget: the ceiling that the ledger enforces.
+
+    Raises:
+        IncompatiblePlan: if a field is out of range or the rounds cannot fit the budget.
+    """
+
+    unit: PrivacyUnit
+    trust: Trust
+    sampler: PoissonSampler
+    clip_norm: float
+    mechanism: GaussianMechanism
+    rounds: int
+    divisor: float
+    budget: Budget
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise IncompatiblePlan(f"rounds must be at least 1, got {self.rounds}")
+        for name, value in (("clip_norm", self.clip_norm), ("divisor", self.divisor)):
+            if not (math.isfinite(value) and value > 0):
+                raise IncompatiblePlan(f"{name} must be a positive public constant, got {value}")
+        planned = self.epsilon_after(self.rounds)
+        if planned > self.budget.epsilon:
+            raise IncompatiblePlan(
+                f"{self.rounds} rounds at noise multiplier {self.mechanism.noise_multiplier:.4g} cost epsilon "
+                f"{planned:.4g}, more than the budget {self.budget.epsilon:.4g}: raise the noise or lower the rounds"
+            )
+
+    @classmethod
+    def calibrated(
+        cls,
+        *,
+        unit: PrivacyUnit,
+        budget: Budget,
+        population: int,
+        sampling_rate: float,
+        rounds: int,
+        clip_norm: float,
+    ) -> Self:
+        """The plan with the least noise that keeps `rounds` rounds within `budget`.
+
+        Args:
+            unit: what is protected.
+            budget: epsilon and delta to reach.
+            population: declared, public number of units; only sets the divisor, never counted from data.
+            sampling_rate: q.
+            rounds: T.
+            clip_norm: C.
+        """
+        if population < 1:
+            raise IncompatiblePlan(f"population is a positive public number of units, got {population}")
+        z = calibrate_noise_multiplier(
+            epsilon=budget.epsilon, delta=budget.delta, sampling_rate=sampling_rate, rounds=rounds
+        )
+        return cls(
+            unit=unit,
+            trust=Trust.CENTRAL,
+            sampler=PoissonSampler(sampling_rate),
+            clip_norm=clip_norm,
+            mechanism=GaussianMechanism(z),
+            rounds=rounds,
+            divisor=sampling_rate * population,
+            budget=budget,
+        )
+
+    @property
+    def event(self) -> DpEvent:
+        """What one round costs; known before any data is touched."""
+        return self.sampler.amplify(self.mechanism.event)
+
+    @property
+    def content_id(self) -> str:
+        """SHA-256 of every field; sites and checkpoints compare it."""
+        facts = asdict(self) | {"unit": self.unit.value, "trust": self.trust.value}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def epsilon_after(self, rounds: int) -> float:
+        """Pessimistic epsilon of `rounds` rounds at the budget's delta."""
+        composition = Composition()
+        composition.add(self.event, rounds)
+        return composition.epsilon(self.budget.delta)
+
+    def noise_norm(self, size: int) -> float:
+        """Expected L2 norm of the noise in the released mean of `size` coordinates; public."""
+        return self.mechanism.noise_multiplier * self.clip_norm * math.sqrt(size) / self.divisor
+
+
+def state_privacy(plan: PrivacyPlan, *, epsilon: float, insecure: bool) -> tuple[StatementRow, ...]:
+    """The statement for a total spend of `epsilon` (planned or executed) at the plan's delta.
+
+    Args:
+        plan: what was or will be executed.
+        epsilon: the composed spend.
+        insecure: noise or cohorts came from a seed; then no row claims anything.
+    """
+    secret = "each unit takes part by independent secret coins (Poisson); nobody else learns who took part in a round"
+    server = "the server computes sums and noise as this software does, and keeps un-noised values to itself"
+    seed = ("NOT PRIVATE: noise and sampling came from a fixed seed that anyone can repeat",)
+    covered = tuple(
+        StatementRow(
+            adversary=adversary,
+            unit=plan.unit.value,
+            relation=RELATION,
+            epsilon=None if insecure else epsilon,
+            delta=None if insecure else plan.budget.delta,
+            assumptions=seed if insecure else (server, secret, *extra),
+        )
+        for adversary, extra in (
+            ("recipients of the model", ()),
+            ("other participants", ("they see every global adapter of the run; all of them are charged",)),
+        )
+    )
+    return (
+        *covered,
+        StatementRow(
+            adversary="the server",
+            unit=plan.unit.value,
+            relation=RELATION,
+            epsilon=None,
+            delta=None,
+            assumptions=("under trust = central the server sees un-noised contributions",),
+        ),
+    )

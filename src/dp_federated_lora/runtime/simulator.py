@@ -1,0 +1,43 @@
+"""All participants in one process, one after the other, sharing one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import final
+
+from dp_federated_lora.errors import ConfigError
+from dp_federated_lora.federated import Client, Request, handle
+from dp_federated_lora.privacy import BoundedSum, SecureRandom
+from dp_federated_lora.training import Learner
+
+
+@final
+class Simulator:
+    """An `Exchange` that is a loop over `handle`.
+
+    Args:
+        clients: all participants; names are unique.
+        learner: the model that every client computes with in turn.
+
+    Raises:
+        ConfigError: if two clients have one name.
+    """
+
+    def __init__(self, clients: Sequence[Client], learner: Learner) -> None:
+        if len({client.name for client in clients}) != len(clients):
+            raise ConfigError("client names must be unique: one participant would count twice in a sum")
+        self._clients = tuple(clients)
+        self._learner = learner
+        for client in clients:
+            learner.prepare(client.examples)
+
+    @property
+    def names(self) -> Sequence[str]:
+        """All participants, in order."""
+        return [client.name for client in self._clients]
+
+    def __call__(self, request: Request, clients: Sequence[int], rng: SecureRandom) -> Iterator[BoundedSum]:
+        """Replies one at a time, so that memory does not grow with the cohort."""
+        for index in clients:
+            client = self._clients[index]
+            yield handle(request, client, self._learner, rng.derive(client.name))

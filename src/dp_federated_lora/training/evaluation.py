@@ -1,0 +1,46 @@
+"""Quality on test data that its owner declared public."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from dp_federated_lora.data import Examples
+from dp_federated_lora.errors import DataError
+from dp_federated_lora.training.learner import Learner
+
+
+@torch.no_grad()
+def evaluate_model(learner: Learner, examples: Examples) -> dict[str, float]:
+    """Accuracy and macro-F1 (classification), or loss per token and perplexity (language modelling).
+
+    Macro-F1 averages over the classes that occur among labels or predictions.
+
+    Raises:
+        DataError: if there are no examples.
+    """
+    if not len(examples):
+        raise DataError("there are no test examples to evaluate on; check [data] test")
+    if examples.labels is None:
+        loss = tokens = 0.0
+        for batch in learner.batches(examples, range(len(examples))):
+            lengths = torch.tensor([len(examples.tokens[i]) - 1 for i in batch])
+            loss += float((learner.losses(examples, batch) * lengths).sum())
+            tokens += float(lengths.sum())
+        return {"loss": loss / tokens, "perplexity": math.exp(min(loss / tokens, 700.0))}
+    labels = torch.tensor(examples.labels)
+    predicted = torch.empty_like(labels)
+    for batch in learner.batches(examples, range(len(examples))):
+        predicted[batch] = learner.logits(examples, batch)[0].argmax(dim=1)
+    return {"accuracy": float((predicted == labels).double().mean()), "macro_f1": macro_f1(labels, predicted)}
+
+
+def macro_f1(labels: torch.Tensor, predicted: torch.Tensor) -> float:
+    """Mean over occurring classes of F1 = 2 TP / (2 TP + FP + FN), labels and predictions `(n,)`."""
+    classes = torch.unique(torch.cat([labels, predicted]))
+    scores = [
+        2 * float(((labels == c) & (predicted == c)).sum()) / float((labels == c).sum() + (predicted == c).sum())
+        for c in classes
+    ]
+    return sum(scores) / len(scores)

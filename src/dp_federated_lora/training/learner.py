@@ -1,0 +1,151 @@
+"""An adapted model together with how examples are batched into it.
+
+Blocks below the lowest adapted one are frozen and have no dropout, so their output for an example never changes. With
+`last_layers` set it is computed once per example and replayed: exactly the same numbers, without the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from dp_federated_lora.data import Examples, collate, length_batches
+from dp_federated_lora.lora import AdaptedModel, Task, block_list
+
+
+@final
+class Learner:
+    """Runs examples through an adapted model in length-bucketed batches.
+
+    Args:
+        model: the adapted model; its parameters may be exchanged between calls.
+        pad_id: token id for padding.
+        batch_tokens: most tokens of one forward pass, padding included.
+        last_layers: number of adapted blocks at the top if the others may be cached; None for no cache.
+    """
+
+    def __init__(self, model: AdaptedModel, *, pad_id: int, batch_tokens: int, last_layers: int | None) -> None:
+        self.model = model
+        self._pad_id = pad_id
+        self._batch_tokens = batch_tokens
+        blocks = block_list(model.module) if last_layers else None
+        self._trunk = _Trunk(blocks, len(blocks) - last_layers) if blocks and last_layers else None
+        self._states: dict[tuple[int, ...], Tensor] = {}
+
+    def batches(self, examples: Examples, indices: Sequence[int]) -> Iterator[list[int]]:
+        """Split `indices` into batches of similar length."""
+        for batch in length_batches([len(examples.tokens[i]) for i in indices], max_tokens=self._batch_tokens):
+            yield [indices[i] for i in batch]
+
+    def prepare(self, examples: Examples) -> None:
+        """Compute the frozen trunk for all of `examples`, in batches that depend on nothing else.
+
+        Doing it once, up front and in a fixed order keeps a resumed run equal to the bit.
+        """
+        if self._trunk is None or self._trunk.depth == 0:
+            return
+        for batch in self.batches(examples, range(len(examples))):
+            tokens = [examples.tokens[i] for i in batch]
+            with torch.no_grad(), self._trunk.record() as captured:
+                self._forward(*collate(tokens, pad_id=self._pad_id))
+            for row, sequence in enumerate(tokens):
+                self._states[sequence] = captured[0][row, : len(sequence)].clone()
+
+    def logits(self, examples: Examples, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, token ids `(B, T)` and mask `(B, T)` of a batch."""
+        tokens = [examples.tokens[i] for i in indices]
+        ids, mask = collate(tokens, pad_id=self._pad_id)
+        states = [self._states.get(sequence) for sequence in tokens]
+        known = [state for state in states if state is not None]
+        if self._trunk is None or len(known) < len(tokens):
+            return self._forward(ids, mask), ids, mask
+        with self._trunk.replay(nn.utils.rnn.pad_sequence(known, batch_first=True)):
+            return self._forward(ids, mask), ids, mask
+
+    def losses(self, examples: Examples, indices: Sequence[int]) -> Tensor:
+        """Loss of each example `(B,)`: cross-entropy, for language models averaged over the example's tokens."""
+        logits, ids, mask = self.logits(examples, indices)
+        if examples.labels is not None:
+            return cross_entropy(logits, torch.tensor([examples.labels[i] for i in indices]), reduction="none")
+        tokens = cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")  # (B, T - 1)
+        weight = mask[:, 1:]
+        return (tokens * weight).sum(dim=1) / weight.sum(dim=1)
+
+    def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        output: Any = self.model.module(input_ids=ids, attention_mask=mask)
+        logits: Tensor = output.logits if self.model.task is Task.CAUSAL_LM else output
+        return logits
+
+
+class _Replay(nn.Module):
+    """Stands in for a frozen block: gives back a stored state, or lets the state through."""
+
+    def __init__(self, as_tuple: bool) -> None:
+        super().__init__()
+        self.state: Tensor | None = None
+        self._as_tuple = as_tuple
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor | tuple[Tensor]:
+        state = hidden_states if self.state is None else self.state
+        return (state,) if self._as_tuple else state
+
+
+@final
+class _Trunk:
+    """The first `depth` blocks of a model, recorded once and replayed."""
+
+    def __init__(self, blocks: nn.ModuleList, depth: int) -> None:
+        self._blocks = blocks
+        self._originals = list(blocks)[:depth]
+        self._stand_ins: list[_Replay] = []
+        self.depth = depth
+
+    def record(self) -> _Recording:
+        return _Recording(self, self._originals[-1])
+
+    def note_output(self, as_tuple: bool) -> None:
+        if not self._stand_ins:
+            self._stand_ins = [_Replay(as_tuple) for _ in self._originals]
+
+    def replay(self, state: Tensor) -> _Replaying:
+        return _Replaying(self, state)
+
+    def swap(self, state: Tensor | None) -> None:
+        chosen: Sequence[nn.Module] = self._originals if state is None else self._stand_ins
+        for index, block in enumerate(chosen):
+            self._blocks[index] = block
+        self._stand_ins[0].state = state
+
+
+@final
+class _Recording:
+    def __init__(self, trunk: _Trunk, last: nn.Module) -> None:
+        self._trunk, self._last, self._captured = trunk, last, list[Tensor]()
+
+    def __enter__(self) -> list[Tensor]:
+        self._handle = self._last.register_forward_hook(self._capture)
+        return self._captured
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _capture(self, _: nn.Module, __: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        as_tuple = isinstance(output, tuple)
+        self._trunk.note_output(as_tuple)
+        self._captured.append(output[0] if isinstance(output, tuple) else output)
+
+
+@final
+class _Replaying:
+    def __init__(self, trunk: _Trunk, state: Tensor) -> None:
+        self._trunk, self._state = trunk, state
+
+    def __enter__(self) -> None:
+        self._trunk.swap(self._state)
+
+    def __exit__(self, *_: object) -> None:
+        self._trunk.swap(None)
