@@ -30,9 +30,7 @@ PAD, UNK, CLS, SEP, EOS, ZERO, ONE, TWO, THREE, FOUR = range(len(WORDS))
 
 def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:
     """One token a word; adds <cls> and <sep> as an encoder does."""
-    backend = Backend(
-        models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>")
-    )
+    backend = Backend(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
         single="<cls> $A <sep>", special_tokens=[("<cls>", CLS), ("<sep>", SEP)]
@@ -54,17 +52,13 @@ def test_classification_adds_special_tokens_and_numbers_labels_by_the_public_lis
 
 
 def test_classification_cuts_long_texts_and_keeps_the_special_tokens(tokenizer) -> None:
-    examples = tokenize_classification(
-        ["one two three four"], ["a"], label_names=["a"], tokenizer=tokenizer, max_tokens=4
-    )
+    examples = tokenize_classification(["one two three four"], ["a"], label_names=["a"], tokenizer=tokenizer, max_tokens=4)
     assert examples.tokens == ((CLS, ONE, TWO, SEP),)
 
 
 def test_a_label_outside_the_public_list_is_refused_by_name(tokenizer) -> None:
     with pytest.raises(DataError, match=r"row 1 has label 'secret', which is not in the public label list"):
-        tokenize_classification(
-            ["one", "two"], ["a", "secret"], label_names=["a"], tokenizer=tokenizer, max_tokens=8
-        )
+        tokenize_classification(["one", "two"], ["a", "secret"], label_names=["a"], tokenizer=tokenizer, max_tokens=8)
 
 
 def test_duplicate_public_labels_and_unequal_lengths_are_refused(tokenizer) -> None:
@@ -86,9 +80,7 @@ def test_a_client_without_rows_has_no_examples_but_keeps_its_kind(tokenizer) -> 
     st.lists(st.lists(st.sampled_from(WORDS[5:]), max_size=12), max_size=6),
     st.integers(2, 7),
 )
-def test_causal_chunks_rejoin_to_the_documents_each_ended_by_the_end_token(
-    documents: list[list[str]], max_tokens: int
-) -> None:
+def test_causal_chunks_rejoin_to_the_documents_each_ended_by_the_end_token(documents: list[list[str]], max_tokens: int) -> None:
     examples = tokenize_causal(
         [" ".join(words) for words in documents],
         tokenizer=word_tokenizer(eos_token="<eos>"),

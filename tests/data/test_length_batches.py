@@ -25,9 +25,7 @@ def test_every_index_is_in_exactly_one_batch(lengths: list[int], budget: int) ->
 
 @UNTIMED
 @given(LENGTHS, BUDGETS)
-def test_no_padded_batch_exceeds_the_budget_unless_it_is_one_long_example(
-    lengths: list[int], budget: int
-) -> None:
+def test_no_padded_batch_exceeds_the_budget_unless_it_is_one_long_example(lengths: list[int], budget: int) -> None:
     for batch in length_batches(lengths, max_tokens=budget):
         longest = max(lengths[index] for index in batch)
         assert longest * len(batch) <= budget or len(batch) == 1

@@ -45,9 +45,7 @@ def test_dirichlet_deals_every_example_once_for_any_concentration(
 
 @UNTIMED
 @given(LABELS, st.integers(1, 30), SEEDS)
-def test_the_seed_alone_decides_and_global_randomness_is_untouched(
-    labels: list[int], clients: int, seed: int
-) -> None:
+def test_the_seed_alone_decides_and_global_randomness_is_untouched(labels: list[int], clients: int, seed: int) -> None:
     before = torch.random.get_rng_state()
     assert iid(len(labels), clients, seed) == iid(len(labels), clients, seed)
     assert dirichlet(labels, clients, 0.3, seed) == dirichlet(labels, clients, 0.3, seed)
@@ -83,9 +81,7 @@ def test_shares_have_the_variance_of_the_dirichlet_distribution() -> None:
     expected = (clients - 1) / (clients**2 * (clients * alpha + 1))
     shares = torch.tensor([len(dirichlet([0] * n, clients, alpha, seed)[0]) / n for seed in range(draws)])
     assert shares.mean().item() == pytest.approx(1 / clients, abs=5 * (expected / draws) ** 0.5)
-    assert (shares - 1 / clients).square().mean().item() == pytest.approx(
-        expected, rel=5 * (2 / draws) ** 0.5
-    )
+    assert (shares - 1 / clients).square().mean().item() == pytest.approx(expected, rel=5 * (2 / draws) ** 0.5)
 
 
 def test_examples_of_a_label_are_shuffled_before_they_are_split() -> None:

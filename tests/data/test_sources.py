@@ -161,9 +161,7 @@ def test_the_cache_argument_wins_over_the_environment(pip: FakePip, tmp_path: Pa
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_default_cache_is_below_the_home_directory(
-    pip: FakePip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_default_cache_is_below_the_home_directory(pip: FakePip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DPFL_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve(FILE).is_relative_to(tmp_path / ".cache" / "dp-federated-lora")
@@ -344,25 +342,19 @@ def use_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
 
 
-def test_real_pip_downloads_from_the_configured_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_real_pip_downloads_from_the_configured_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_wheel(tmp_path)
     use_only(tmp_path, monkeypatch)
     assert resolve(FILE, cache=tmp_path / "cache").read_bytes() == MEMBERS["tiny_pack/texts/a.csv"]
 
 
-def test_a_wheel_that_pip_cannot_find_names_requirement_and_fix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wheel_that_pip_cannot_find_names_requirement_and_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_only(tmp_path, monkeypatch)
     with pytest.raises(SourceError, match=r"tiny-pack==1\.0 .*No matching distribution.*pip config list"):
         resolve(FILE, cache=tmp_path / "cache")
 
 
-def test_a_disk_that_fills_up_under_pip_is_a_storage_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_under_pip_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
     failed = subprocess.CompletedProcess[str]([], 1, "", said)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
@@ -377,9 +369,7 @@ def test_a_local_file_and_directory_are_returned_as_they_are(tmp_path: Path) -> 
     assert resolve(str(tmp_path)) == tmp_path
 
 
-def test_a_local_path_in_the_home_directory_is_expanded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_path_in_the_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve("~") == tmp_path
 

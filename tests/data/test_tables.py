@@ -84,9 +84,7 @@ def test_whatever_the_csv_module_writes_is_read_back(
 
 @UNTIMED
 @given(st.lists(st.tuples(st.text(st.characters(codec="utf-8")), st.integers()), min_size=1, max_size=5))
-def test_json_lines_are_read_back(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, int]]
-) -> None:
+def test_json_lines_are_read_back(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, int]]) -> None:
     content = "\n".join(json.dumps({"text": text, "n": n}, ensure_ascii=False) for text, n in rows)
     table = read_table(write(tmp_path_factory.mktemp("jsonl"), "x.jsonl", content))
     assert table.columns == {"text": [text for text, _ in rows], "n": [str(n) for _, n in rows]}

@@ -13,9 +13,7 @@ from dp_federated_lora.monitoring.wording import nice_ticks
 
 
 def chart(*series, **options):
-    text = line_chart(
-        key="k", title="T", caption="C", series=series, x_end=10, y_text=lambda y: f"{y:g}", **options
-    )
+    text = line_chart(key="k", title="T", caption="C", series=series, x_end=10, y_text=lambda y: f"{y:g}", **options)
     return ElementTree.fromstring(text)
 
 
@@ -109,6 +107,4 @@ def test_whole_ticks_are_few_integers_that_cover_the_range(first, length):
 def test_tick_labels_have_no_floating_point_tails():
     labels = [node.text for node in chart(line(0.1, 0.7)).find("svg").iter("text")]
     assert all(len(label) <= 5 for label in labels)
-    assert re.search(
-        r"0 % 20 % 40 % 60 % 80 %", " ".join(t.text for t in chart(line(0.1, 0.7), percent=True).iter("text"))
-    )
+    assert re.search(r"0 % 20 % 40 % 60 % 80 %", " ".join(t.text for t in chart(line(0.1, 0.7), percent=True).iter("text")))

@@ -42,9 +42,7 @@ def test_a_short_run_prints_every_round(report):
 
 def test_a_line_has_ratio_budget_public_accuracy_elapsed_and_remaining_time(report):
     line = shown([report(5, public_metrics={"accuracy": 0.912, "macro_f1": 0.8})], seconds=60, width=40)
-    assert line == (
-        "round 5/10 | signal/noise 1.50 | epsilon 1.25/3 | accuracy 91.2 % | elapsed 0:01:00 | left 0:05:00\n"
-    )
+    assert line == ("round 5/10 | signal/noise 1.50 | epsilon 1.25/3 | accuracy 91.2 % | elapsed 0:01:00 | left 0:05:00\n")
 
 
 def test_the_latest_public_metric_stays_until_there_is_a_newer_one(report):

@@ -119,9 +119,7 @@ def test_ids_are_unique_and_each_label_points_to_one(page, report):
     attributes = Page(page(reports=[report(1, public_metrics=metrics)])).attributes
     ids = [value for name, value in attributes if name == "id"]
     assert len(ids) == len(set(ids)) == 10
-    assert {key for name, value in attributes if name == "aria-labelledby" for key in value.split()} == set(
-        ids
-    )
+    assert {key for name, value in attributes if name == "aria-labelledby" for key in value.split()} == set(ids)
 
 
 def test_a_run_without_rounds_statement_or_metrics_still_gives_a_page(page):
@@ -178,8 +176,6 @@ def test_no_text_can_change_the_structure_of_the_page(page, report, row, text):
     parsed, plain = Page(source), Page(with_text("x"))
     assert parsed.tags == plain.tags
     assert len(parsed.attributes) == len(plain.attributes)
-    kept = "".join(
-        "\ufffd" if re.match(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", c) else c for c in text
-    )
+    kept = "".join("\ufffd" if re.match(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", c) else c for c in text)
     assert parsed.texts["h1"] == [kept]
     assert parsed.texts["pre"] == [kept]

@@ -57,9 +57,7 @@ def test_anything_but_plain_values_is_replaced_by_its_type_name(tmp_path, value,
     log.error("x", direct=value, nested={"a": [1, (value, 2)]}, **{"k": {Bounded(): 1}})
     log.info(value)
 
-    assert "41" not in "".join(
-        json.dumps({k: v for k, v in x.items() if k != "timestamp"}) for x in lines(path)
-    )
+    assert "41" not in "".join(json.dumps({k: v for k, v in x.items() if k != "timestamp"}) for x in lines(path))
     first, second = lines(path)
     mark = f"<redacted: {name}>"
     assert first["direct"] == first["bound"] == second["event"] == mark

@@ -24,9 +24,7 @@ ledger_app = typer.Typer(help="Look at the charges of a run.", no_args_is_help=T
 app.add_typer(ledger_app, name="ledger")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; repeatable.")
-]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; repeatable.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration file.")]
 
@@ -170,8 +168,7 @@ def ledger_show(run: RunPath, as_json: AsJson = False) -> None:
     ledger = Ledger.read(run / "ledger.sqlite")
     spend = ledger.spent()
     rows = [
-        {"serial": r.serial, "kind": r.kind, "round": r.round, "time": r.time, **r.facts, "hash": r.hash}
-        for r in ledger.rows()
+        {"serial": r.serial, "kind": r.kind, "round": r.round, "time": r.time, **r.facts, "hash": r.hash} for r in ledger.rows()
     ]
     if as_json:
         _print_json({"owner": ledger.owner, "epsilon": spend.epsilon, "delta": spend.delta, "rows": rows})

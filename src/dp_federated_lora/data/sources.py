@@ -106,9 +106,7 @@ def _resolve_wheel(source: str, parsed: Source, sha256: str | None, cache: Path 
     except SourceError as error:
         raise SourceError(f"source {source!r}: {error}") from error
     except OSError as error:
-        raise StorageError(
-            f"source {source!r}: cache {root}: {error}; free space or set DPFL_CACHE"
-        ) from error
+        raise StorageError(f"source {source!r}: cache {root}: {error}; free space or set DPFL_CACHE") from error
 
 
 def _resolve_hub(source: str, parsed: Source) -> Path:

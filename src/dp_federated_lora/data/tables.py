@@ -90,9 +90,7 @@ def _read_text(path: Path) -> str:
         raise DataError(f"cannot read the table {path}: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}, line {line}: not UTF-8 ({error.reason}); convert the file to UTF-8"
-        ) from error
+        raise DataError(f"{path}, line {line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
 
 
 def _delimited_rows(path: Path, text: str, suffix: str) -> tuple[list[str], list[Row]]:

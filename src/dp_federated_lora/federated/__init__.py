@@ -1,6 +1,11 @@
 """One federated round and what a crash leaves of it, the same for every engine."""
 
-from dp_federated_lora.federated.checkpoint import RoundKeyFile, ServerState, read_checkpoint, write_checkpoint
+from dp_federated_lora.federated.checkpoint import (
+    RoundKeyFile,
+    ServerState,
+    read_checkpoint,
+    write_checkpoint,
+)
 from dp_federated_lora.federated.client import Client, Request, handle
 from dp_federated_lora.federated.round import Exchange, RoundReport, Server
 

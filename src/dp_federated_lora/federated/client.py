@@ -77,9 +77,7 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
     trained = learner.model.train_only(client.method.factors)
     if plan.unit is PrivacyUnit.EXAMPLE:
         chosen = plan.sampler.draw(len(client.examples), rng.derive("sample")).tolist()
-        return example_gradient_sum(
-            learner, trained, client.examples, chosen, clip_norm=plan.clip_norm, owner=client.name
-        )
+        return example_gradient_sum(learner, trained, client.examples, chosen, clip_norm=plan.clip_norm, owner=client.name)
     if client.local is None:
         raise IncompatiblePlan("unit = client trains locally; [training] needs local steps")
     generator = torch.Generator().manual_seed(int(rng.derive("batches").uint64(1)[0] >> 1))

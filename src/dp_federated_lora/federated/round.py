@@ -96,13 +96,9 @@ class Server:
         Raises:
             BudgetExhausted: if it does not fit the budget.
         """
-        return ledger.reserve(
-            self.plan.event, round=state.round + 1, purpose="training", commitment=key.commitment
-        )
+        return ledger.reserve(self.plan.event, round=state.round + 1, purpose="training", commitment=key.commitment)
 
-    def run_round(
-        self, state: ServerState, permit: Permit, exchange: Exchange, key: SecureRandom
-    ) -> tuple[ServerState, float]:
+    def run_round(self, state: ServerState, permit: Permit, exchange: Exchange, key: SecureRandom) -> tuple[ServerState, float]:
         """Draw the cohort, collect, release, step.
 
         Returns:

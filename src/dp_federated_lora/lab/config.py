@@ -169,27 +169,29 @@ class Config(_Section):
                 )
         if privacy.unit == "example" and privacy.population is None:
             problems.append(
-                "privacy.population: unit = \"example\" needs the declared, public number of examples over all participants; it "
+                'privacy.population: unit = "example" needs the declared, public number of examples over all participants; it '
                 "sets the divisor and is never counted from private data"
             )
         if privacy.unit == "client" and privacy.population not in (None, self.federation.clients):
-            problems.append("privacy.population: with unit = \"client\" it is federation.clients; leave it out")
+            problems.append('privacy.population: with unit = "client" it is federation.clients; leave it out')
         if self.method.name in GATHERED:
             problems.append(
-                f"method.name: {self.method.name} {GATHERED[self.method.name]}, so its contribution is not a sum and central noise "
-                "cannot protect it; use \"ffa\" or \"fedavg\""
+                f"method.name: {self.method.name} {GATHERED[self.method.name]}, so its contribution is no sum and central noise "
+                'cannot protect it; use "ffa" or "fedavg"'
             )
         elif self.method.name not in ("ffa", "fedavg"):
-            problems.append(f"method.name: unknown method {self.method.name!r}; use \"ffa\" or \"fedavg\"")
+            problems.append(f'method.name: unknown method {self.method.name!r}; use "ffa" or "fedavg"')
         return problems
 
     def _task_problems(self) -> list[str]:
         data, problems = self.data, []
         if self.model.task == "classification":
             if not data.label_column or len(data.labels) < 2:
-                problems.append("data.label_column, data.labels: classification needs the label column and the public list of labels")
+                problems.append(
+                    "data.label_column, data.labels: classification needs the label column and the public list of labels"
+                )
         elif data.label_column or data.labels:
-            problems.append("data.label_column, data.labels: task = \"causal-lm\" has no labels; remove them")
+            problems.append('data.label_column, data.labels: task = "causal-lm" has no labels; remove them')
         if data.test and not data.test_is_public:
             problems.append(
                 "data.test_is_public: scores on data.test are shown without noise; set it to true if that data is public or "
@@ -200,16 +202,16 @@ class Config(_Section):
     def _federation_problems(self) -> list[str]:
         federation, training, problems = self.federation, self.training, []
         if (federation.partition == "column") != bool(federation.columns):
-            problems.append("federation.columns: names the columns of partition = \"column\", and of no other")
+            problems.append('federation.columns: names the columns of partition = "column", and of no other')
         if federation.partition == "dirichlet" and self.model.task != "classification":
-            problems.append("federation.partition: \"dirichlet\" splits by label; use \"iid\" or \"column\" for language modelling")
+            problems.append('federation.partition: "dirichlet" splits by label; use "iid" or "column" for language modelling')
         local = [training.local_steps, training.local_batch_size, training.local_learning_rate]
         if self.privacy.unit == "client" and None in local:
-            problems.append("training.local_steps, local_batch_size, local_learning_rate: unit = \"client\" needs all three")
+            problems.append('training.local_steps, local_batch_size, local_learning_rate: unit = "client" needs all three')
         if self.privacy.unit == "example" and any(value is not None for value in local):
-            problems.append("training.local_*: unit = \"example\" takes one noised step a round and no local steps; remove them")
+            problems.append('training.local_*: unit = "example" takes one noised step a round and no local steps; remove them')
         if training.server_optimizer == "adam" and training.server_momentum:
-            problems.append("training.server_momentum: belongs to server_optimizer = \"sgd\"; remove it")
+            problems.append('training.server_momentum: belongs to server_optimizer = "sgd"; remove it')
         return problems
 
     @property

@@ -55,9 +55,7 @@ def plan_run(config: Config) -> RunPlan:
     bench = Workbench.of(config)
     plan = privacy_plan(config)
     size = Layout.of(bench.model.parameters(bench.method.factors)).size
-    statement = state_privacy(
-        plan, epsilon=plan.epsilon_after(plan.rounds), insecure=config.run.insecure_seed is not None
-    )
+    statement = state_privacy(plan, epsilon=plan.epsilon_after(plan.rounds), insecure=config.run.insecure_seed is not None)
     return RunPlan(
         privacy=plan,
         trainable_parameters=size,

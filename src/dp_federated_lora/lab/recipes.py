@@ -12,8 +12,7 @@ def recipe_names() -> dict[str, str]:
     folder = resources.files("dp_federated_lora.lab") / "recipes"
     files = sorted(item.name for item in folder.iterdir() if item.name.endswith(".toml"))
     return {
-        name.removesuffix(".toml"): (folder / name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        for name in files
+        name.removesuffix(".toml"): (folder / name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name in files
     }
 
 

@@ -16,7 +16,6 @@ from dp_federated_lora.federated import (
     RoundKeyFile,
     RoundReport,
     Server,
-    ServerState,
     read_checkpoint,
     write_checkpoint,
 )
@@ -27,7 +26,7 @@ from dp_federated_lora.lab.planning import statement_json
 from dp_federated_lora.lab.workbench import Workbench, data_id, privacy_plan, server_optimizer
 from dp_federated_lora.monitoring.log import open_log
 from dp_federated_lora.monitoring.metrics import MetricsFile, read_metrics
-from dp_federated_lora.monitoring.report import render_report
+from dp_federated_lora.monitoring.report import TRAINED_SHARE, render_report
 from dp_federated_lora.privacy import Ledger, PrivacyPlan, StatementRow, state_privacy
 from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.training import evaluate_model
@@ -108,9 +107,7 @@ class _Run:
         self._probe = self._bench.test_examples(limit=config.run.evaluate_examples)
         if self._probe is not None:
             self._bench.learner.prepare(self._probe)
-        self._server, self._state = Server.of(
-            self._bench.model, self._plan, self._bench.method, server_optimizer(config)
-        )
+        self._server, self._state = Server.of(self._bench.model, self._plan, self._bench.method, server_optimizer(config))
         self._ledger = Ledger.open(directory.ledger, budget=self._plan.budget, owner=OWNER)
         self._recover()
 
@@ -159,9 +156,7 @@ class _Run:
         key = self._keys.open_round(self._state.round + 1, insecure_seed=self._config.run.insecure_seed)
         permit = self._server.reserve(self._state, self._ledger, key)
         self._state, update_norm = self._server.run_round(self._state, permit, self._simulator, key)
-        write_checkpoint(
-            self._directory.checkpoint, self._state, run_id=self._run_id, ledger_head=self._ledger.head
-        )
+        write_checkpoint(self._directory.checkpoint, self._state, run_id=self._run_id, ledger_head=self._ledger.head)
         self._ledger.commit(permit.serial)
         self._keys.destroy()
         report = self._server.report(self._state, self._ledger, update_norm)
@@ -207,7 +202,8 @@ class _Run:
             budget_epsilon=plan.budget.epsilon,
             facts={
                 "Base model": config.model.source,
-                "Trained parameters": f"{self._server.layout.size:,} ({self._bench.trainable_fraction:.3%} of the model)",
+                "Trained parameters": f"{self._server.layout.size:,}",
+                TRAINED_SHARE: f"{self._bench.trainable_fraction:.3%}",
                 "Method": config.method.name,
                 "Participants": f"{config.federation.clients:,} ({config.federation.partition})",
                 "Noise multiplier": f"{plan.mechanism.noise_multiplier:.4f}",

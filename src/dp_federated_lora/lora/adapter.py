@@ -7,6 +7,7 @@ PEFT puts the layers in place and defines the file format, so an adapter trained
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -174,7 +175,10 @@ def adapt(
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in backbone.modules()),
     )
     try:
-        peft_model: Any = get_peft_model(backbone, config)
+        with warnings.catch_warnings():
+            # peft asks transformers for a name that transformers is renaming; nothing a user could act on.
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
+            peft_model: Any = get_peft_model(backbone, config)
     except ValueError as error:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in backbone.named_modules() if isinstance(m, nn.Linear)})
         raise ModelError(f"lora.targets {list(targets)}: {error}. Linear layers of this model: {linear}") from error

@@ -102,17 +102,13 @@ def _plot(
     for tick in nice_ticks(x_low, x_high, whole=True):
         if x_low <= tick <= x_high:
             x, _ = at(tick, y_ticks[0])
-            parts.append(
-                f'<text x="{x}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{tick:.10g}</text>'
-            )
+            parts.append(f'<text x="{x}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{tick:.10g}</text>')
     for line in series:
         parts.extend(_strokes(line, at, y_text))
     return "".join(parts)
 
 
-def _strokes(
-    line: Series, at: Callable[[float, float], tuple[str, str]], y_text: Callable[[float], str]
-) -> list[str]:
+def _strokes(line: Series, at: Callable[[float, float], tuple[str, str]], y_text: Callable[[float], str]) -> list[str]:
     runs: list[list[Point]] = [[]]
     for x, y in line.points:
         if _drawable(y):

@@ -31,9 +31,7 @@ def public_fields(report: RoundReport) -> dict[str, Any]:
     kind = type(report)
     names = [field.name for field in dataclasses.fields(report)] if dataclasses.is_dataclass(report) else []
     if kind.__name__ != "RoundReport" or set(names) != _PUBLIC:
-        raise TypeError(
-            f"only a RoundReport with the fields {sorted(_PUBLIC)} is public, got a {kind.__name__}"
-        )
+        raise TypeError(f"only a RoundReport with the fields {sorted(_PUBLIC)} is public, got a {kind.__name__}")
     fields: dict[str, Any] = {name: getattr(report, name) for name in names}
     metrics = fields["public_metrics"]
     if not isinstance(metrics, Mapping) or any(type(name) is not str for name in metrics):
@@ -91,10 +89,7 @@ def public_value(value: object, *, depth: int = 0) -> object:
         case list() | tuple() if kind in (list, tuple) and depth < _DEEPEST:
             return [public_value(item, depth=depth + 1) for item in value]
         case dict() if kind is dict and depth < _DEEPEST:
-            return {
-                str(public_value(k, depth=_DEEPEST)): public_value(v, depth=depth + 1)
-                for k, v in value.items()
-            }
+            return {str(public_value(k, depth=_DEEPEST)): public_value(v, depth=depth + 1) for k, v in value.items()}
     if kind.__name__ == "RoundReport":
         try:
             return public_value(public_fields(value), depth=depth)  # type: ignore[arg-type]

@@ -21,15 +21,12 @@ from dp_federated_lora.monitoring.wording import (
 
 if TYPE_CHECKING:
     from dp_federated_lora.federated.round import RoundReport
-
     from dp_federated_lora.privacy import StatementRow
 
 TRAINED_SHARE: Final = "trained share"
 """The key of `facts` that the headline shows."""
 
-_UTILITY: Final = (
-    "Measured on test data declared public, in the rounds with an evaluation. It costs no privacy budget."
-)
+_UTILITY: Final = "Measured on test data declared public, in the rounds with an evaluation. It costs no privacy budget."
 _EPSILON: Final = (
     "Charged to the ledger before each release, with the pessimistic bound. "
     "A round that would cross the dashed line does not start."
@@ -129,11 +126,7 @@ def _tiles(
     if insecure:
         tiles.append(_tile("Epsilon", "void", "the noise came from a fixed seed", css="bad"))
     else:
-        tiles.append(
-            _tile(
-                "Epsilon spent", rounded_up(spent), f"of a budget of {budget:g}", meter=_meter(spent, budget)
-            )
-        )
+        tiles.append(_tile("Epsilon spent", rounded_up(spent), f"of a budget of {budget:g}", meter=_meter(spent, budget)))
     if reports and not insecure:
         tiles.append(_tile("Delta", rounded_up(reports[-1].delta), one_in(reports[-1].delta)))
     if statement:

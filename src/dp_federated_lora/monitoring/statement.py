@@ -59,8 +59,7 @@ def row_in_words(row: StatementRow, *, insecure: bool) -> str:
     epsilon, delta = bound
     sentences = [
         f"The protected unit is {unit}.",
-        f"The guarantee compares this run with a run on data that differ in that one unit "
-        f"(relation: {row.relation}).",
+        f"The guarantee compares this run with a run on data that differ in that one unit (relation: {row.relation}).",
         f"Whatever else such an observer knows, what this run shows them changes their odds of one case "
         f"against the other by a factor of at most {_factor(epsilon)}{_exception(delta)}.",
         f"In other words: where both cases are equally likely beforehand, the best possible guess is right "
@@ -98,9 +97,7 @@ def _exception(delta: float) -> str:
     if delta == 0:
         return ""
     words = one_in(delta)
-    return f", apart from an additional probability of at most {rounded_up(delta)}" + (
-        f" ({words})" if words else ""
-    )
+    return f", apart from an additional probability of at most {rounded_up(delta)}" + (f" ({words})" if words else "")
 
 
 def _best_guess(epsilon: float, delta: float) -> str:

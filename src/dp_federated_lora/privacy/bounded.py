@@ -81,9 +81,7 @@ class BoundedSum(_Sealed):
             DuplicateContribution: if a unit appears twice.
             PrivacyError: if a contribution has another clip norm or size.
         """
-        return cls._sum(
-            ((c._value, c.clip_norm, frozenset((c.unit_id,))) for c in contributions), size, clip_norm
-        )
+        return cls._sum(((c._value, c.clip_norm, frozenset((c.unit_id,))) for c in contributions), size, clip_norm)
 
     @classmethod
     def merge(cls, sums: Iterable[BoundedSum], *, size: int, clip_norm: float) -> Self:
@@ -96,9 +94,7 @@ class BoundedSum(_Sealed):
         return cls._sum(((s._value, s.clip_norm, s._units) for s in sums), size, clip_norm)
 
     @classmethod
-    def _sum(
-        cls, parts: Iterable[tuple[Tensor, float, frozenset[UnitId]]], size: int, clip_norm: float
-    ) -> Self:
+    def _sum(cls, parts: Iterable[tuple[Tensor, float, frozenset[UnitId]]], size: int, clip_norm: float) -> Self:
         total = torch.zeros(size, dtype=torch.int64)
         seen: set[UnitId] = set()
         for value, norm, units in parts:

@@ -253,7 +253,10 @@ class Ledger:
         """Total charged so far, published or not."""
         kinds = [row.kind for row in self._rows]
         return Spend(
-            self._composition.epsilon(self.budget.delta), self.budget.delta, kinds.count("reserve"), kinds.count("commit")
+            self._composition.epsilon(self.budget.delta),
+            self.budget.delta,
+            kinds.count("reserve"),
+            kinds.count("commit"),
         )
 
     def reserve(self, charged: DpEvent, *, round: int, purpose: str, commitment: str) -> Permit:  # noqa: A002
@@ -400,7 +403,9 @@ def _canonical(value: Any) -> str:
 def _engine(path: Path, lock_timeout: float) -> Engine:
     # isolation_level None: the driver begins no transaction of its own, so BEGIN IMMEDIATE above is the one.
     engine = create_engine(
-        f"sqlite:///{path}", poolclass=NullPool, connect_args={"timeout": lock_timeout, "isolation_level": None}
+        f"sqlite:///{path}",
+        poolclass=NullPool,
+        connect_args={"timeout": lock_timeout, "isolation_level": None},
     )
 
     @event.listens_for(engine, "connect")

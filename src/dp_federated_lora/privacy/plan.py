@@ -117,9 +117,7 @@ class PrivacyPlan:
         """
         if population < 1:
             raise IncompatiblePlan(f"population is a positive public number of units, got {population}")
-        z = calibrate_noise_multiplier(
-            epsilon=budget.epsilon, delta=budget.delta, sampling_rate=sampling_rate, rounds=rounds
-        )
+        z = calibrate_noise_multiplier(epsilon=budget.epsilon, delta=budget.delta, sampling_rate=sampling_rate, rounds=rounds)
         return cls(
             unit=unit,
             trust=Trust.CENTRAL,
@@ -161,7 +159,7 @@ def state_privacy(plan: PrivacyPlan, *, epsilon: float, insecure: bool) -> tuple
         epsilon: the composed spend.
         insecure: noise or cohorts came from a seed; then no row claims anything.
     """
-    secret = "each unit takes part by independent secret coins (Poisson); nobody else learns who took part in a round"
+    coins = "each unit takes part by independent secret coins (Poisson); nobody else learns who took part in a round"
     server = "the server computes sums and noise as this software does, and keeps un-noised values to itself"
     seed = ("NOT PRIVATE: noise and sampling came from a fixed seed that anyone can repeat",)
     covered = tuple(
@@ -171,7 +169,7 @@ def state_privacy(plan: PrivacyPlan, *, epsilon: float, insecure: bool) -> tuple
             relation=RELATION,
             epsilon=None if insecure else epsilon,
             delta=None if insecure else plan.budget.delta,
-            assumptions=seed if insecure else (server, secret, *extra),
+            assumptions=seed if insecure else (server, coins, *extra),
         )
         for adversary, extra in (
             ("recipients of the model", ()),

@@ -100,6 +100,7 @@ class SecureRandom:
 
         Args:
             sigma: standard deviation in lattice units, in (0, 2^40].
+            n: number of draws.
 
         Raises:
             PrivacyError: if sigma is not in that range.

@@ -40,7 +40,6 @@ def macro_f1(labels: torch.Tensor, predicted: torch.Tensor) -> float:
     """Mean over occurring classes of F1 = 2 TP / (2 TP + FP + FN), labels and predictions `(n,)`."""
     classes = torch.unique(torch.cat([labels, predicted]))
     scores = [
-        2 * float(((labels == c) & (predicted == c)).sum()) / float((labels == c).sum() + (predicted == c).sum())
-        for c in classes
+        2 * float(((labels == c) & (predicted == c)).sum()) / float((labels == c).sum() + (predicted == c).sum()) for c in classes
     ]
     return sum(scores) / len(scores)

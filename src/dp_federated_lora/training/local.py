@@ -50,10 +50,10 @@ def local_update(
         for batch in learner.batches(examples, chosen):
             parts = torch.autograd.grad(learner.losses(examples, batch).sum(), list(trained.values()))
             for total, part in zip(gradients, parts, strict=True):
-                total += part
+                total.add_(part)
         with torch.no_grad():
             for parameter, gradient in zip(trained.values(), gradients, strict=True):
-                parameter -= local.learning_rate / len(chosen) * gradient
+                parameter.sub_(gradient, alpha=local.learning_rate / len(chosen))
     return layout.flatten({name: p.detach() for name, p in trained.items()}) - start
 
 
