@@ -244,9 +244,7 @@ def test_a_full_disk_charges_nothing_and_says_so(path: Path, monkeypatch: pytest
     def full(self: Ledger, connection, *rest):
         connection.exec_driver_sql("PRAGMA max_page_count = 1")
         for filler in range(100):  # a few hundred rows to need a new page
-            connection.exec_driver_sql(
-                "INSERT INTO ledger VALUES (?, 'x', 0, ?, '', '', '')", (1000 + filler, "y" * 4000)
-            )
+            connection.exec_driver_sql("INSERT INTO ledger VALUES (?, 'x', 0, ?, '', '', '')", (1000 + filler, "y" * 4000))
         return append(self, connection, *rest)
 
     monkeypatch.setattr(Ledger, "_append", full)
@@ -263,5 +261,3 @@ def test_impossible_budgets_and_commitments_are_refused(path: Path):
             Budget(epsilon, delta)
     with pytest.raises(PrivacyError, match="64 hexadecimal"):
         opened(path).reserve(EVENT, round=1, purpose="training", commitment="abc")
-
-

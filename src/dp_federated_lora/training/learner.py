@@ -6,7 +6,8 @@ Blocks below the lowest adapted one are frozen and have no dropout, so their out
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dp_federated_lora.data import Examples, collate, length_batches
+from dp_federated_lora.errors import ModelError
 from dp_federated_lora.lora import AdaptedModel, Task, block_list
 
 
@@ -50,10 +52,10 @@ class Learner:
             return
         for batch in self.batches(examples, range(len(examples))):
             tokens = [examples.tokens[i] for i in batch]
-            with torch.no_grad(), self._trunk.record() as captured:
-                self._forward(*collate(tokens, pad_id=self._pad_id))
+            ids, mask = collate(tokens, pad_id=self._pad_id)
+            states = self._trunk.record(lambda ids=ids, mask=mask: self._forward(ids, mask))
             for row, sequence in enumerate(tokens):
-                self._states[sequence] = captured[0][row, : len(sequence)].clone()
+                self._states[sequence] = states[row, : len(sequence)].clone()
 
     def logits(self, examples: Examples, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, token ids `(B, T)` and mask `(B, T)` of a batch."""
@@ -94,6 +96,14 @@ class _Replay(nn.Module):
         return (state,) if self._as_tuple else state
 
 
+class _Recorded(Exception):
+    """The output of the trunk."""
+
+    def __init__(self, state: Tensor) -> None:
+        super().__init__()
+        self.state = state
+
+
 @final
 class _Trunk:
     """The first `depth` blocks of a model, recorded once and replayed."""
@@ -104,48 +114,35 @@ class _Trunk:
         self._stand_ins: list[_Replay] = []
         self.depth = depth
 
-    def record(self) -> _Recording:
-        return _Recording(self, self._originals[-1])
+    def record(self, forward: Callable[[], Tensor]) -> Tensor:
+        """Hidden states `(B, T, h)` after the trunk in the forward pass `forward`, which ends there."""
 
-    def note_output(self, as_tuple: bool) -> None:
-        if not self._stand_ins:
-            self._stand_ins = [_Replay(as_tuple) for _ in self._originals]
+        def stop(_: nn.Module, __: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+            as_tuple = isinstance(output, tuple)
+            self._stand_ins = self._stand_ins or [_Replay(as_tuple) for _ in self._originals]
+            raise _Recorded(output[0] if isinstance(output, tuple) else output)
 
-    def replay(self, state: Tensor) -> _Replaying:
-        return _Replaying(self, state)
+        handle = self._originals[-1].register_forward_hook(stop)
+        try:
+            with torch.no_grad():
+                forward()
+        except _Recorded as recorded:
+            return recorded.state
+        finally:
+            handle.remove()
+        raise ModelError("the backbone did not run its own blocks; leave lora.last_layers out for this model")
 
-    def swap(self, state: Tensor | None) -> None:
-        chosen: Sequence[nn.Module] = self._originals if state is None else self._stand_ins
-        for index, block in enumerate(chosen):
+    @contextmanager
+    def replay(self, state: Tensor) -> Iterator[None]:
+        """While open, a forward pass starts from the stored `state` `(B, T, h)` instead of running the trunk."""
+        try:
+            self._stand_ins[0].state = state
+            self._place(self._stand_ins)
+            yield
+        finally:
+            self._place(self._originals)
+            self._stand_ins[0].state = None
+
+    def _place(self, blocks: Sequence[nn.Module]) -> None:
+        for index, block in enumerate(blocks):
             self._blocks[index] = block
-        self._stand_ins[0].state = state
-
-
-@final
-class _Recording:
-    def __init__(self, trunk: _Trunk, last: nn.Module) -> None:
-        self._trunk, self._last, self._captured = trunk, last, list[Tensor]()
-
-    def __enter__(self) -> list[Tensor]:
-        self._handle = self._last.register_forward_hook(self._capture)
-        return self._captured
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-
-    def _capture(self, _: nn.Module, __: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        as_tuple = isinstance(output, tuple)
-        self._trunk.note_output(as_tuple)
-        self._captured.append(output[0] if isinstance(output, tuple) else output)
-
-
-@final
-class _Replaying:
-    def __init__(self, trunk: _Trunk, state: Tensor) -> None:
-        self._trunk, self._state = trunk, state
-
-    def __enter__(self) -> None:
-        self._trunk.swap(self._state)
-
-    def __exit__(self, *_: object) -> None:
-        self._trunk.swap(None)

@@ -48,7 +48,7 @@ def local_update(
         chosen = torch.randperm(len(examples), generator=generator)[: local.batch_size].tolist()
         gradients = [torch.zeros_like(p) for p in trained.values()]
         for batch in learner.batches(examples, chosen):
-            parts = torch.autograd.grad(learner.losses(examples, batch).sum(), list(trained.values()))
+            parts = torch.autograd.grad(learner.losses(examples, batch).sum(), list(trained.values()), materialize_grads=True)
             for total, part in zip(gradients, parts, strict=True):
                 total.add_(part)
         with torch.no_grad():

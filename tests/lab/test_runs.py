@@ -1,0 +1,312 @@
+"""Whole runs on a tiny model: files, statements, crashes, resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dp_federated_lora import evaluate, plan_run, train
+from dp_federated_lora.errors import CheckpointError, ConfigError, RunError, RunInterrupted, StorageError
+from dp_federated_lora.federated import RoundKeyFile, RoundReport
+from dp_federated_lora.lab.config import Config, parse_config
+from dp_federated_lora.lab.directory import RunDirectory
+from dp_federated_lora.privacy import GaussianMechanism, Ledger
+
+Raw = dict[str, dict[str, object]]
+
+
+def configured(raw: Raw, **run: object) -> Config:
+    raw["run"] |= run
+    return parse_config(raw, where="test")
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors") | load_file(run / "adapter" / "head.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_a_run_writes_its_files_and_a_statement_of_what_was_executed(raw_config: Raw):
+    config = configured(raw_config)
+    seen: list[RoundReport] = []
+    result = train(config, on_round=seen.append)
+    run = result.path
+    assert [r.round for r in seen] == [1, 2, 3, 4]
+    assert [bool(r.public_metrics) for r in seen] == [False, True, False, True]
+    assert seen[0].epsilon < seen[-1].epsilon == pytest.approx(result.epsilon)
+    privacy = json.loads((run / "privacy.json").read_text())
+    rows = {row["adversary"]: row for row in privacy["statement"]}
+    assert rows["recipients of the model"]["epsilon"] == result.epsilon <= 8.0
+    assert rows["other participants"]["epsilon"] == result.epsilon
+    assert rows["the server"]["epsilon"] is None
+    assert plan_run(config).as_json()["statement"] == privacy["statement"]
+    ledger = Ledger.read(run / "ledger.sqlite")
+    assert ledger.contains(privacy["ledger_head"])
+    assert ledger.spent().released == ledger.spent().charges == 4
+    assert "NOT PRIVATE" not in (run / "report.html").read_text()
+    assert not (run / "state" / "round.key").exists()
+    assert evaluate(run) == result.metrics
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in metrics] == [1, 2, 3, 4]
+    with pytest.raises(RunError, match="never overwritten"):
+        train(config)
+
+
+def test_the_adapter_loads_into_the_plain_backbone_with_peft(raw_config: Raw, tiny_model: Path):
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    run = train(configured(raw_config)).path
+    plain = AutoModel.from_pretrained(tiny_model)
+    model = PeftModel.from_pretrained(plain, run / "adapter")
+    trained = adapter(run)
+    loaded = {n: p for n, p in model.named_parameters() if "lora_B" in n}
+    assert len(loaded) == 4
+    for name, parameter in loaded.items():
+        assert torch.equal(parameter.cpu(), trained[name.replace(".default", "")])
+        assert parameter.abs().max() > 0
+
+
+def test_client_unit_runs_and_states_its_unit(client_config: Raw):
+    result = train(configured(client_config))
+    assert {row.unit for row in result.statement} == {"client"}
+    assert result.rounds == 3
+
+
+def test_fedavg_trains_both_factors_and_ffa_leaves_a_alone(raw_config: Raw, tmp_path: Path):
+    runs = {}
+    for method in ("ffa", "fedavg"):
+        raw_config["method"] = {"name": method}
+        runs[method] = adapter(train(configured(raw_config, out=str(tmp_path / method))).path)
+    first = {n: t for n, t in runs["ffa"].items() if "lora_A" in n}
+    assert all(torch.allclose(t @ t.T, torch.eye(2), atol=1e-5) for t in first.values())  # still orthonormal
+    assert all(not torch.allclose(runs["fedavg"][n], t) for n, t in first.items())
+
+
+def test_noise_is_fresh_in_every_run_and_repeats_only_with_an_insecure_seed(raw_config: Raw, tmp_path: Path):
+    runs = [adapter(train(configured(raw_config, out=str(tmp_path / str(i)))).path) for i in range(2)]
+    assert not same(*runs)
+    seeded = [train(configured(raw_config, out=str(tmp_path / f"seeded{i}"), insecure_seed=7)).path for i in range(2)]
+    assert same(*(adapter(run) for run in seeded))
+    rows = json.loads((seeded[0] / "privacy.json").read_text())["statement"]
+    assert all(row["epsilon"] is None for row in rows)
+    assert "NOT PRIVATE" in rows[0]["assumptions"][0]
+    assert "NOT PRIVATE" in (seeded[0] / "report.html").read_text()
+
+
+def test_training_moves_the_model_and_a_bigger_budget_learns_the_task(raw_config: Raw):
+    raw_config["privacy"] |= {"epsilon": 1e4, "allow_weak_privacy": True, "sampling_rate": 1.0, "rounds": 30}
+    raw_config["training"]["server_learning_rate"] = 20.0
+    assert train(configured(raw_config)).metrics["accuracy"] > 0.8
+
+
+CRASH = """
+import os, sys, signal
+from dp_federated_lora.lab import train
+from dp_federated_lora.lab.config import load_config
+from dp_federated_lora import federated
+from dp_federated_lora.federated import checkpoint, round as rounds
+from dp_federated_lora.privacy import GaussianMechanism, Ledger
+from dp_federated_lora.lab import train as module
+import dp_federated_lora.lab.train as lab
+
+config, out, point, number = sys.argv[1:]
+count = 0
+def at(name, function, after):
+    def wrapped(*args, **kwargs):
+        global count
+        if name != point:
+            return function(*args, **kwargs)
+        count += 1
+        if count < int(number):
+            return function(*args, **kwargs)
+        if after:
+            function(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return wrapped
+
+lab.RoundKeyFile.open_round = at("key", lab.RoundKeyFile.open_round, True)
+Ledger.reserve = at("reserve", Ledger.reserve, True)
+GaussianMechanism.release = at("release", GaussianMechanism.release, True)
+lab.write_checkpoint = at("before-checkpoint", lab.write_checkpoint, False)
+lab.write_checkpoint = at("after-checkpoint", lab.write_checkpoint, True)
+Ledger.commit = at("commit", Ledger.commit, True)
+lab.MetricsFile.append = at("metrics", lab.MetricsFile.append, True)
+train(load_config(config), out=out)
+"""
+
+
+@pytest.mark.parametrize("point", ["key", "reserve", "release", "before-checkpoint", "after-checkpoint", "commit", "metrics"])
+def test_a_killed_run_resumes_to_the_same_adapter_and_never_to_a_smaller_epsilon(raw_config: Raw, tmp_path: Path, point: str):
+    config = configured(raw_config, insecure_seed=11)
+    undisturbed = train(config, out=tmp_path / "whole")
+    (tmp_path / "c.toml").write_text(config.to_toml(), encoding="utf-8")
+    broken = tmp_path / "broken"
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH, str(tmp_path / "c.toml"), str(broken), point, "2"], check=False, capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    before = Ledger.read(broken / "ledger.sqlite").spent()
+    resumed = train(resume=broken)
+    assert same(adapter(broken), adapter(undisturbed.path))
+    assert before.epsilon <= resumed.epsilon == undisturbed.epsilon
+    assert [json.loads(line)["round"] for line in (broken / "metrics.jsonl").read_text().splitlines()][-1] == 4
+
+
+def test_with_real_entropy_a_round_is_recreated_from_its_key_under_one_charge(raw_config: Raw, monkeypatch: pytest.MonkeyPatch):
+    config = configured(raw_config)
+    seen: list[torch.Tensor] = []
+    release = GaussianMechanism.release
+
+    def dying(self, *args, **kwargs):
+        released = release(self, *args, **kwargs)
+        seen.append(released.value)
+        if len(seen) == 2:
+            raise MemoryError
+        return released
+
+    monkeypatch.setattr(GaussianMechanism, "release", dying)
+    with pytest.raises(MemoryError):
+        train(config)
+    run = Path(config.run.out)
+    assert (run / "state" / "round.key").stat().st_mode & 0o777 == 0o600
+    train(resume=run)
+    assert torch.equal(seen[1], seen[2])  # the same noise on the same sum: one release
+    assert Ledger.read(run / "ledger.sqlite").spent().charges == 4
+
+
+def test_a_lost_round_key_costs_another_charge_and_the_budget_then_ends_the_run_early(raw_config: Raw, monkeypatch):
+    config = configured(raw_config)
+    monkeypatch.setattr(GaussianMechanism, "release", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        train(config)
+    monkeypatch.undo()
+    run = Path(config.run.out)
+    (run / "state" / "round.key").unlink()
+    result = train(resume=run)
+    assert Ledger.read(run / "ledger.sqlite").spent().charges == 4
+    assert result.rounds == 3
+    assert result.epsilon <= 8.0
+
+
+def test_resume_refuses_damaged_foreign_missing_and_rolled_back_state(raw_config: Raw, tmp_path: Path, tables):
+    run = train(configured(raw_config)).path
+    state = run / "state" / "checkpoint.safetensors"
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-3])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        train(resume=run)
+    state.write_bytes(whole[:-3] + b"\x55\x55\x55")
+    with pytest.raises(CheckpointError, match="damaged"):
+        train(resume=run)
+    state.unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        train(resume=run)
+    state.write_bytes(whole)
+    (run / "config.toml").write_text((run / "config.toml").read_text().replace("rank = 2", "rank = 3"))
+    with pytest.raises(CheckpointError, match="belongs to configuration"):
+        train(resume=run)
+    (run / "config.toml").write_text((run / "config.toml").read_text().replace("rank = 3", "rank = 2"))
+    (run / "ledger.sqlite").unlink()
+    with pytest.raises(CheckpointError, match="older than the checkpoint"):
+        train(resume=run)
+    with pytest.raises(RunError, match="not a run directory"):
+        train(resume=tmp_path)
+    with pytest.raises(ConfigError, match="not both"):
+        train()
+
+
+def test_an_older_checkpoint_is_refused_since_its_next_round_was_published(raw_config: Raw, monkeypatch):
+    config, kept = configured(raw_config), []
+    run = Path(config.run.out)
+    train(config, on_round=lambda r: kept.append((run / "state" / "checkpoint.safetensors").read_bytes()))
+    (run / "state" / "checkpoint.safetensors").write_bytes(kept[1])
+    with pytest.raises(CheckpointError, match="never released again"):
+        train(resume=run)
+
+
+def test_changed_data_is_noticed_on_resume(raw_config: Raw, tmp_path: Path):
+    copied = tmp_path / "train.csv"
+    copied.write_text(Path(str(raw_config["data"]["train"])).read_text())
+    raw_config["data"]["train"] = str(copied)
+    run = train(configured(raw_config)).path
+    copied.write_text(copied.read_text() + "oil,crude,authora\n")
+    with pytest.raises(CheckpointError, match="configuration and data"):
+        train(resume=run)
+
+
+def test_two_processes_cannot_work_in_one_run(raw_config: Raw):
+    run = train(configured(raw_config)).path
+    with RunDirectory.existing(run), pytest.raises(RunError, match="another process"):
+        train(resume=run)
+
+
+def test_a_full_disk_at_a_checkpoint_stops_the_run_and_loses_nothing(raw_config: Raw, monkeypatch: pytest.MonkeyPatch):
+    config = configured(raw_config, insecure_seed=3)
+    replace, calls = Path.replace, []
+
+    def full(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(StorageError, match="No space left"):
+        train(config)
+    monkeypatch.undo()
+    assert train(resume=config.run.out).rounds == 4
+
+
+def test_an_interrupt_finishes_the_round_and_the_run_resumes(raw_config: Raw):
+    config = configured(raw_config)
+
+    def interrupt(report: RoundReport) -> None:
+        if report.round == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    with pytest.raises(RunInterrupted, match="after round 2 of 4"):
+        train(config, on_round=interrupt)
+    assert train(resume=config.run.out).rounds == 4
+
+
+def test_a_finished_run_resumes_to_itself(raw_config: Raw):
+    first = train(configured(raw_config))
+    before = adapter(first.path)
+    assert train(resume=first.path).epsilon == first.epsilon
+    assert same(before, adapter(first.path))
+
+
+def test_a_truncated_key_file_is_not_used(tmp_path: Path):
+    keys = RoundKeyFile(tmp_path / "round.key")
+    first = keys.open_round(1, insecure_seed=None)
+    assert keys.open_round(1, insecure_seed=None).commitment == first.commitment
+    assert keys.open_round(2, insecure_seed=None).commitment != first.commitment
+    (tmp_path / "round.key").write_bytes(b"2\nshort")
+    assert keys.open_round(2, insecure_seed=None).commitment != first.commitment
+    keys.destroy()
+    keys.destroy()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluate_needs_an_adapter_and_public_data(raw_config: Raw):
+    raw_config["data"] |= {"test_is_public": False}
+    del raw_config["data"]["test"]
+    result = train(configured(raw_config))
+    assert result.metrics == {}
+    with pytest.raises(ConfigError, match="public table"):
+        evaluate(result.path)
+    test = str(raw_config["data"]["train"]).replace("train.csv", "test.csv")
+    assert 0.0 <= evaluate(result.path, data=test)["accuracy"] <= 1.0
