@@ -5,13 +5,14 @@ They see released values only, so they are post-processing; state is explicit an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, final
 
 import torch
 from torch import Tensor
 
-OptimizerState = dict[str, Tensor]
+OptimizerState = Mapping[str, Tensor]
 
 
 class ServerOptimizer(Protocol):

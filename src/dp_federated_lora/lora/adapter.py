@@ -116,7 +116,7 @@ class AdaptedModel:
         from peft import set_peft_model_state_dict  # noqa: PLC0415  (imports transformers)
 
         try:
-            result = set_peft_model_state_dict(self._peft, load_file(folder / "adapter_model.safetensors"))
+            result: Any = set_peft_model_state_dict(self._peft, load_file(folder / "adapter_model.safetensors"))
             if result.unexpected_keys:
                 raise ModelError(f"{folder} belongs to another model: unexpected {result.unexpected_keys[:3]}")
             if self.parameters(frozenset((Factor.HEAD,))):
@@ -165,10 +165,11 @@ def adapt(
         if not 1 <= last_layers <= blocks:
             raise ModelError(f"lora.last_layers must lie in 1..{blocks} for this model, got {last_layers}")
         layers = list(range(blocks - last_layers, blocks))
+    scale: Any = alpha  # peft takes any number and annotates an int
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM if task is Task.CAUSAL_LM else TaskType.FEATURE_EXTRACTION,
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=scale,
         lora_dropout=0.0,
         target_modules=list(targets),
         layers_to_transform=layers,

@@ -28,9 +28,10 @@ def load_backbone(path: Path, task: Task) -> nn.Module:
         ModelError: if transformers cannot read it.
     """
     from transformers import AutoModel, AutoModelForCausalLM  # noqa: PLC0415  (seconds to import; only runs need it)
-    from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
+    from transformers.utils import logging  # noqa: PLC0415
 
-    disable_progress_bar()  # the run has a progress display of its own
+    quieten: Any = logging.disable_progress_bar
+    quieten()  # the run has a progress display of its own
 
     kind: Any = AutoModelForCausalLM if task is Task.CAUSAL_LM else AutoModel
     folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})

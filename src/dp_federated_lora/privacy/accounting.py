@@ -14,6 +14,7 @@ from typing import Any, Final, final
 from dp_accounting import DpEvent, GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant
+from scipy.optimize import brentq
 
 from dp_federated_lora.errors import PrivacyError, UnsupportedEvent
 
@@ -140,6 +141,7 @@ def epsilon_rdp(events: Iterable[tuple[DpEvent, int]], delta: float) -> float:
     return float(accountant.get_epsilon(delta))
 
 
+@lru_cache(maxsize=64)
 def calibrate_noise_multiplier(*, epsilon: float, delta: float, sampling_rate: float, rounds: int) -> float:
     """Least noise multiplier (relative tolerance 1e-4, from above) whose `rounds` rounds cost at most `epsilon`.
 
@@ -161,7 +163,7 @@ def calibrate_noise_multiplier(*, epsilon: float, delta: float, sampling_rate: f
         composition.add(event, rounds)
         return composition.epsilon(delta)
 
-    low, high = 0.0, 1.0
+    low, high = 0.5, 1.0
     while cost(high) > target:
         low, high = high, 2.0 * high
         if high > 1e4:
@@ -169,11 +171,9 @@ def calibrate_noise_multiplier(*, epsilon: float, delta: float, sampling_rate: f
                 f"no noise multiplier up to 10,000 gives epsilon {epsilon:g} over {rounds} rounds at sampling rate "
                 f"{sampling_rate:g}: raise epsilon, or lower rounds or sampling rate"
             )
-    if low == 0.0:
-        while cost(high / 2.0) <= target:
-            high /= 2.0
-        low = high / 2.0
-    while high - low > 1e-4 * high:
-        middle = (low + high) / 2.0
-        low, high = (low, middle) if cost(middle) <= target else (middle, high)
-    return high
+    while cost(low) <= target:
+        low, high = low / 2.0, low
+    root = brentq(lambda z: cost(z) - target, low, high, rtol=5e-5)
+    while cost(root) > target:  # the root finder may end on either side
+        root *= 1.0 + 5e-5
+    return float(root)

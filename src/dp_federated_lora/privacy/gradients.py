@@ -81,7 +81,7 @@ class ExampleGradients:
                 if bias:
                     self._store(bias, g.sum(dim=1))
 
-            output.register_hook(after_backward)
+            output.register_hook(after_backward)  # type: ignore[no-untyped-call]
 
         return after_forward
 

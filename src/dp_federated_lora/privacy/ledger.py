@@ -14,7 +14,7 @@ import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn, Self, final
@@ -333,7 +333,7 @@ class Ledger:
         serial, previous = len(self._rows), self.head if self._rows else _GENESIS
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         unsigned = LedgerRow(serial, kind, number, _canonical(body), time, previous, "")
-        row = LedgerRow(*_fields(unsigned)[:-1], unsigned.expected_hash())
+        row = replace(unsigned, hash=unsigned.expected_hash())
         connection.execute(insert(_TABLE).values(dict(zip(_TABLE.columns.keys(), _fields(row), strict=True))))
         self._accept(row)
         return row
@@ -347,7 +347,7 @@ class Ledger:
             self._accept(self._verified(record))
 
     def _verified(self, record: Row[Any]) -> LedgerRow:
-        row, serial = LedgerRow(*record), len(self._rows)
+        row, serial = LedgerRow(**record._mapping), len(self._rows)
         previous = self.head if self._rows else _GENESIS
         if row.serial != serial or row.previous != previous or row.hash != row.expected_hash():
             raise LedgerCorrupt(

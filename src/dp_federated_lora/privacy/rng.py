@@ -117,7 +117,8 @@ class SecureRandom:
         result = rounded.astype(np.int64)
         for index in np.flatnonzero(undecided):
             result[index] = self._decide(int(magnitude[index]), sigma)
-        return np.where(negative, -result, result)
+        result[negative] *= -1
+        return result
 
     def _decide(self, magnitude: int, sigma: float) -> int:
         """The cell of the deviate with upper-tail mass in [magnitude, magnitude + 1) 2^-64, refined as needed."""

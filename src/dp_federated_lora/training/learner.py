@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -53,7 +54,7 @@ class Learner:
         for batch in self.batches(examples, range(len(examples))):
             tokens = [examples.tokens[i] for i in batch]
             ids, mask = collate(tokens, pad_id=self._pad_id)
-            states = self._trunk.record(lambda ids=ids, mask=mask: self._forward(ids, mask))
+            states = self._trunk.record(partial(self._forward, ids, mask))
             for row, sequence in enumerate(tokens):
                 self._states[sequence] = states[row, : len(sequence)].clone()
 
