@@ -111,13 +111,13 @@ class SecureRandom:
         negative = (bits >> np.uint64(63)).astype(np.bool_)
         magnitude = bits & np.uint64(2**63 - 1)
         tail = (magnitude.astype(np.float64) + 0.5) * 2.0**-64  # in (0, 1/2): mass beyond the deviate
-        scaled = -ndtri(tail) * sigma
+        scaled: NDArray[np.float64] = -ndtri(tail) * sigma
         rounded = np.rint(scaled)
         undecided = (tail < _TAIL) | (np.abs(np.abs(scaled - rounded) - 0.5) < _MARGIN * sigma + 1e-9)
-        result = rounded.astype(np.int64)
+        result: NDArray[np.int64] = rounded.astype(np.int64)
         for index in np.flatnonzero(undecided):
             result[index] = self._decide(int(magnitude[index]), sigma)
-        result[negative] *= -1
+        np.negative(result, out=result, where=negative)
         return result
 
     def _decide(self, magnitude: int, sigma: float) -> int:

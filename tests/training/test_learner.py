@@ -1,0 +1,118 @@
+import pytest
+import torch
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from dp_federated_lora.aggregation import FEDAVG
+from dp_federated_lora.data import Examples
+from dp_federated_lora.errors import DataError, ModelError
+from dp_federated_lora.lora import Task, adapt
+from dp_federated_lora.training import Learner, LocalSteps, evaluate_model, local_update
+from dp_federated_lora.training.evaluation import macro_f1
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def bert() -> tuple[torch.nn.Module, Task, list[str]]:
+    return BertModel(BertConfig(**SMALL)), Task.CLASSIFICATION, ["query", "value"]
+
+
+def llama() -> tuple[torch.nn.Module, Task, list[str]]:
+    return LlamaForCausalLM(LlamaConfig(num_key_value_heads=1, **SMALL)), Task.CAUSAL_LM, ["q_proj", "v_proj"]
+
+
+def gpt2() -> tuple[torch.nn.Module, Task, list[str]]:
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=2, n_positions=32)
+    return GPT2LMHeadModel(config), Task.CAUSAL_LM, ["c_attn"]
+
+
+def learner_of(make, *, cached: bool, last_layers: int | None = 1) -> tuple[Learner, Examples]:
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(3)
+        backbone, task, targets = make()
+    model = adapt(
+        backbone.double().eval().requires_grad_(False),
+        task=task,
+        classes=3,
+        rank=2,
+        alpha=4.0,
+        targets=targets,
+        last_layers=last_layers,
+        seed=0,
+    )
+    model.module.double()
+    generator = torch.Generator().manual_seed(1)
+    model.load({n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in model.state().items()})
+    lengths = [3, 7, 5, 9, 2]
+    tokens = tuple(tuple(torch.randint(1, 50, (n,), generator=generator).tolist()) for n in lengths)
+    examples = Examples(tokens, (0, 1, 2, 1, 0) if task is Task.CLASSIFICATION else None)
+    learner = Learner(model, pad_id=0, batch_tokens=18, last_layers=last_layers if cached else None)
+    learner.prepare(examples)
+    return learner, examples
+
+
+@pytest.mark.parametrize("make", [bert, llama, gpt2])
+def test_the_cached_trunk_gives_the_same_losses_and_gradients_as_the_whole_model(make):
+    results = []
+    for cached in (False, True):
+        learner, examples = learner_of(make, cached=cached)
+        trained = list(learner.model.train_only(FEDAVG.factors).values())
+        losses = learner.losses(examples, range(len(examples)))
+        results.append((losses, torch.autograd.grad(losses.sum(), trained, materialize_grads=True)))
+    (plain, gradients), (replayed, cached_gradients) = results
+    assert torch.allclose(plain, replayed, atol=1e-12, rtol=0)
+    assert all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip(gradients, cached_gradients, strict=True))
+    assert any(g.abs().max() > 1e-6 for g in gradients)
+
+
+def test_the_trunk_really_is_left_out_and_put_back():
+    learner, examples = learner_of(bert, cached=True)
+    blocks = learner.model.module.backbone.base_model.model.encoder.layer
+    originals, calls = list(blocks), []
+    handle = originals[0].register_forward_hook(lambda *_: calls.append(1))
+    learner.losses(examples, [0, 1])
+    handle.remove()
+    assert calls == []
+    assert list(blocks) == originals
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+def test_padding_changes_no_loss(make):
+    learner, examples = learner_of(make, cached=False, last_layers=None)
+    together = learner.losses(examples, range(len(examples)))
+    alone = torch.cat([learner.losses(examples, [i]) for i in range(len(examples))])
+    assert torch.allclose(together, alone, atol=1e-10)
+
+
+def test_last_layers_must_exist():
+    with pytest.raises(ModelError, match=r"1\.\.3"):
+        learner_of(bert, cached=False, last_layers=4)
+
+
+def test_local_steps_lower_the_loss_and_a_client_without_examples_sends_zero():
+    learner, examples = learner_of(bert, cached=False, last_layers=None)
+    start, trained = learner.model.state(), learner.model.train_only(FEDAVG.factors)
+    local = LocalSteps(steps=20, batch_size=3, learning_rate=0.5)
+    before = float(learner.losses(examples, range(5)).mean())
+    change = local_update(learner, trained, examples, local, torch.Generator().manual_seed(0))
+    assert float(learner.losses(examples, range(5)).mean()) < before
+    assert change.abs().max() > 0
+    learner.model.load(start)
+    nothing = local_update(learner, trained, examples.subset([]), local, torch.Generator().manual_seed(0))
+    assert not nothing.any()
+
+
+def test_evaluation_of_language_models_weighs_every_token_once_and_needs_examples():
+    learner, examples = learner_of(llama, cached=False, last_layers=None)
+    lengths = torch.tensor([len(t) - 1 for t in examples.tokens])
+    losses = torch.cat([learner.losses(examples, [i]) for i in range(len(examples))])
+    scores = evaluate_model(learner, examples)
+    assert scores["loss"] == pytest.approx(float((losses * lengths).sum() / lengths.sum()))
+    assert scores["perplexity"] == pytest.approx(float(torch.tensor(scores["loss"]).exp()), rel=1e-5)
+    with pytest.raises(DataError, match="no test examples"):
+        evaluate_model(learner, examples.subset([]))
+
+
+def test_macro_f1_by_hand():
+    labels, predicted = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 1, 1, 1, 0])
+    # F1: class 0 2/4, class 1 4/5, class 2 0
+    assert macro_f1(labels, predicted) == pytest.approx((0.5 + 0.8 + 0.0) / 3)
