@@ -127,9 +127,12 @@ import os, signal, sys
 from pathlib import Path
 import dp_federated_lora.lab.run as lab
 from dp_federated_lora.lab.config import load_config
+from dp_federated_lora.lab.workbench import Workbench, privacy_plan
 from dp_federated_lora.privacy import GaussianMechanism, Ledger
 
 config, folder, *points = sys.argv[1:]
+privacy_plan(load_config(config))  # calibrate and import once, for all children
+Workbench.of(load_config(config))
 STEPS = {
     "key": (lab.RoundKeyFile, "open_round", True),
     "reserve": (Ledger, "reserve", True),
@@ -158,6 +161,7 @@ for point in points:
 POINTS = ("key", "reserve", "release", "before-checkpoint", "after-checkpoint", "commit", "metrics")
 
 
+@pytest.mark.timeout(900)  # eight runs, seven of them in processes that die
 def test_a_run_killed_at_any_step_resumes_to_the_same_adapter_and_never_to_a_smaller_epsilon(raw_config: Raw, tmp_path: Path):
     config = configured(raw_config, insecure_seed=11)
     undisturbed = train(config, out=tmp_path / "whole")
