@@ -165,6 +165,32 @@ def test_clients_refuse_a_plan_they_did_not_agree_to_and_names_are_unique(raw_co
         handle(Request(1, plan().content_id, bench.model.state()), lonely, bench.learner, SecureRandom.insecure_from(0))
 
 
+def test_head_rounds_send_and_move_the_head_alone_and_its_steps_have_their_own_length(tmp_path: Path):
+    layout = Layout((("lora_B", (30,)), ("head.weight", (D - 30,))))
+    method = replace(FFA, head_rounds=1)
+    server = Server(
+        plan=plan(), method=method, optimizer=Sgd(1.0), layout=layout, head=frozenset({"head.weight"}), head_scale=10.0
+    )
+    state = ServerState(0, {"lora_B": torch.zeros(30), "head.weight": torch.zeros(D - 30)}, Sgd(1.0).init(D))
+    ledger = Ledger.open(tmp_path / "l.sqlite", budget=plan().budget, owner="t")
+    assert [server.bytes_per_client(n) for n in (1, 2)] == [8 * (D - 30), 8 * D]
+    spreads = []
+    for size in (D - 30, D):
+        key = SecureRandom.insecure_from(size)
+        permit = server.reserve(state, ledger, key)
+        before = state.adapter
+        state, _ = server.run_round(state, permit, Clients(torch.zeros(size)), key)
+        ledger.commit(permit.serial)
+        spreads.append({n: float((state.adapter[n] - before[n]).std()) for n in before})
+        report = server.report(state, ledger, 0.0)
+        assert report.noise_norm == pytest.approx(plan().noise_norm(size))
+    noise = 1.5 * 2.0 / 50.0
+    assert spreads[0]["lora_B"] == 0.0
+    for spread in spreads:
+        assert 0.7 * 10 * noise < spread["head.weight"] < 1.35 * 10 * noise  # a sample of 170: beyond 5.5 standard errors
+    assert 0.2 * noise < spreads[1]["lora_B"] < 2.0 * noise  # a sample of 30: likewise
+
+
 def test_server_optimisers_follow_their_formulas():
     mean = torch.tensor([1.0, -2.0], dtype=torch.float64)
     sgd = Sgd(0.5, momentum=0.9)

@@ -104,6 +104,42 @@ def test_fedavg_trains_both_factors_and_ffa_leaves_a_alone(raw_config: Raw, tmp_
     assert all(not torch.allclose(runs["fedavg"][n], t) for n, t in first.items())
 
 
+def test_the_head_alone_is_trained_first_and_a_resume_repeats_it_to_the_bit(raw_config: Raw, tmp_path: Path):
+    raw_config["training"] |= {"head_rounds": 2, "server_head_learning_rate": 9.0}
+    config = configured(raw_config, insecure_seed=1)
+    sizes, adapters = [], []
+
+    def stop_after(number: int):
+        def on_round(report: RoundReport) -> None:
+            sizes.append(report.bytes_per_client)
+            if report.round == number:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return on_round
+
+    for number in (1, 3):
+        out = tmp_path / f"stopped{number}"
+        with pytest.raises(RunInterrupted):
+            train(config, out=out, on_round=stop_after(number))
+        train(resume=out)
+        adapters.append(adapter(out))
+    train(config, out=tmp_path / "whole")
+    assert same(adapters[0], adapter(tmp_path / "whole"))
+    assert same(adapters[1], adapter(tmp_path / "whole"))
+    assert sizes[1] == sizes[2] < sizes[3]
+
+
+def test_frozen_weights_in_bfloat16_leave_a_float32_adapter_and_nearly_the_same_scores(raw_config: Raw, tmp_path: Path):
+    adapters = []
+    for dtype in ("float32", "bfloat16"):
+        raw_config["model"]["dtype"] = dtype
+        adapters.append(adapter(train(configured(raw_config, insecure_seed=1), out=tmp_path / dtype).path))
+    assert {t.dtype for t in adapters[1].values()} == {torch.float32}
+    for name, exact in adapters[0].items():
+        assert torch.allclose(exact, adapters[1][name], atol=0.05 * float(exact.abs().max()))
+    assert not same(*adapters)
+
+
 def test_noise_is_fresh_in_every_run_and_repeats_only_with_an_insecure_seed(raw_config: Raw, tmp_path: Path):
     runs = [adapter(train(configured(raw_config, out=str(tmp_path / str(i)))).path) for i in range(2)]
     assert not same(*runs)

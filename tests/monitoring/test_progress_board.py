@@ -71,7 +71,7 @@ def test_a_metric_name_with_markup_is_printed_as_it_is(report):
 
 def test_on_a_terminal_the_board_shows_a_bar_and_ends_on_the_last_round(report):
     text = shown([report(k) for k in range(1, 11)], terminal=True)
-    assert "waiting for the first round" in text
+    assert "starting" in text
     assert "round 10/10" in text
     assert "100%" in text
     assert "epsilon 2.5/3" in text
@@ -84,3 +84,21 @@ def test_an_error_inside_the_run_passes_through_and_restores_the_terminal(report
         board.update(report(1))
         raise KeyError("stop")
     assert console.file.getvalue().rstrip().endswith("\x1b[?25h")  # the cursor is back
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_work_outside_of_rounds_is_shown_and_does_not_count_into_their_pace(report, terminal):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None)
+    clock = Clock()
+    with ProgressBoard(budget_epsilon=3.0, console=console, clock=clock) as board:
+        board.show_phase("preparing examples", 0.0)
+        clock.now += 500
+        board.show_phase("preparing examples", 0.5)
+        clock.now += 10
+        board.update(report(1))
+        board.show_phase("scoring the test data", 0.0)
+    text = console.file.getvalue()
+    assert "preparing examples" in text
+    assert ("preparing examples 50%" in text) == terminal
+    assert "elapsed 0:08:30 | left 0:01:30" in text
+    assert "scoring the test data" in text

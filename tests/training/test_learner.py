@@ -2,10 +2,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dp_federated_lora.aggregation import FEDAVG
+from dp_federated_lora.aggregation import FEDAVG, FFA, HEAD_ALONE
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import DataError, ModelError
-from dp_federated_lora.lora import Task, adapt
+from dp_federated_lora.lora import Factor, Task, adapt
 from dp_federated_lora.training import Learner, LocalSteps, evaluate_model, local_update
 from dp_federated_lora.training.evaluation import macro_f1
 
@@ -25,7 +25,7 @@ def gpt2() -> tuple[torch.nn.Module, Task, list[str]]:
     return GPT2LMHeadModel(config), Task.CAUSAL_LM, ["c_attn"]
 
 
-def learner_of(make, *, cached: bool, last_layers: int | None = 1) -> tuple[Learner, Examples]:
+def learner_of(make, *, cached: bool, last_layers: int | None = 1, keep_features: bool = False) -> tuple[Learner, Examples]:
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(3)
         backbone, task, targets = make()
@@ -45,7 +45,7 @@ def learner_of(make, *, cached: bool, last_layers: int | None = 1) -> tuple[Lear
     lengths = [3, 7, 5, 9, 2]
     tokens = tuple(tuple(torch.randint(1, 50, (n,), generator=generator).tolist()) for n in lengths)
     examples = Examples(tokens, (0, 1, 2, 1, 0) if task is Task.CLASSIFICATION else None)
-    learner = Learner(model, pad_id=0, batch_tokens=18, last_layers=last_layers if cached else None)
+    learner = Learner(model, pad_id=0, batch_tokens=18, last_layers=last_layers if cached else None, keep_features=keep_features)
     learner.prepare(examples)
     return learner, examples
 
@@ -117,3 +117,33 @@ def test_macro_f1_by_hand():
     labels, predicted = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 1, 1, 1, 0])
     # F1: class 0 2/4, class 1 4/5, class 2 0
     assert macro_f1(labels, predicted) == pytest.approx((0.5 + 0.8 + 0.0) / 3)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_kept_features_serve_the_head_alone_and_only_while_they_hold(cached: bool, monkeypatch: pytest.MonkeyPatch):
+    plain, examples = learner_of(bert, cached=False)
+    kept, _ = learner_of(bert, cached=cached, keep_features=True)
+    passes = []
+    features = type(kept.model.module).features
+    monkeypatch.setattr(type(kept.model.module), "features", lambda *a: passes.append(1) or features(*a))
+
+    def losses_and_head_gradients(learner: Learner, factors: frozenset[Factor]) -> list[torch.Tensor]:
+        trained = learner.model.train_only(factors)
+        losses = learner.losses(examples, range(len(examples)))
+        return [losses, *torch.autograd.grad(losses.sum(), list(trained.values()), materialize_grads=True)]
+
+    for factors, recomputed in ((HEAD_ALONE, 0), (FFA.factors, 1)):  # the adapter has not moved, but wants gradients
+        expected = losses_and_head_gradients(plain, factors)
+        passes.clear()
+        got = losses_and_head_gradients(kept, factors)
+        assert len(passes) == recomputed
+        assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(expected, got, strict=True))
+
+    moved = {n: t + 0.1 for n, t in kept.model.state().items() if "lora_B" in n}
+    for learner in (plain, kept):
+        learner.model.load(moved)
+    expected = losses_and_head_gradients(plain, HEAD_ALONE)
+    passes.clear()
+    got = losses_and_head_gradients(kept, HEAD_ALONE)
+    assert passes == [1]
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(expected, got, strict=True))

@@ -121,7 +121,7 @@ def train(
     seeded = [] if insecure_seed is None else [f"run.insecure_seed={insecure_seed}"]
     settings = load_config(config or (resume or Path()) / "config.toml", overrides=[*(overrides or ()), *seeded])
     with ProgressBoard(budget_epsilon=settings.privacy.epsilon) as board:
-        result = train_run(None if resume else settings, out=out, resume=resume, on_round=board.update)
+        result = train_run(None if resume else settings, out=out, resume=resume, on_round=board.update, on_phase=board.show_phase)
     if as_json:
         _print_json(
             {

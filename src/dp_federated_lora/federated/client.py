@@ -74,7 +74,7 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
             f"{request.plan_id[:12]}: refused, nothing was computed"
         )
     learner.model.load(request.adapter)
-    trained = learner.model.train_only(client.method.factors)
+    trained = learner.model.train_only(client.method.factors_in(request.round))
     if plan.unit is PrivacyUnit.EXAMPLE:
         chosen = plan.sampler.draw(len(client.examples), rng.derive("sample")).tolist()
         return example_gradient_sum(learner, trained, client.examples, chosen, clip_norm=plan.clip_norm, owner=client.name)

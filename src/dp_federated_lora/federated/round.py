@@ -8,7 +8,7 @@ from typing import Protocol, final
 
 import torch
 
-from dp_federated_lora.aggregation import LinearMethod, ServerOptimizer
+from dp_federated_lora.aggregation import HEAD_ALONE, LinearMethod, ServerOptimizer
 from dp_federated_lora.federated.checkpoint import ServerState
 from dp_federated_lora.federated.client import Request
 from dp_federated_lora.lora import AdaptedModel
@@ -68,27 +68,36 @@ class Server:
         plan: the privacy plan.
         method: which factors are trained.
         optimizer: how the released mean becomes a step.
-        layout: layout of the trained tensors.
+        layout: layout of all tensors that the method trains.
+        head: names of those of the head.
+        head_scale: factor on the head's steps.
     """
 
     plan: PrivacyPlan
     method: LinearMethod
     optimizer: ServerOptimizer
     layout: Layout
+    head: frozenset[str] = frozenset()
+    head_scale: float = 1.0
 
     @classmethod
     def of(
-        cls, model: AdaptedModel, plan: PrivacyPlan, method: LinearMethod, optimizer: ServerOptimizer
+        cls, model: AdaptedModel, plan: PrivacyPlan, method: LinearMethod, optimizer: ServerOptimizer, *, head_scale: float = 1.0
     ) -> tuple[Server, ServerState]:
-        """A server for `model`, and its state before the first round."""
+        """A server for `model`, and its state before the first round; the head's steps are `head_scale` times as long."""
         layout = Layout.of(model.parameters(method.factors))
-        server = cls(plan=plan, method=method, optimizer=optimizer, layout=layout)
+        head = frozenset(model.parameters(HEAD_ALONE))
+        server = cls(plan=plan, method=method, optimizer=optimizer, layout=layout, head=head, head_scale=head_scale)
         return server, ServerState(round=0, adapter=model.state(), optimizer=optimizer.init(layout.size))
 
-    @property
-    def bytes_per_client(self) -> int:
-        """Float32 bytes of the trained tensors, down and up."""
-        return 2 * 4 * self.layout.size
+    def layout_in(self, number: int) -> Layout:
+        """Layout of what clients send in round `number`."""
+        alone = self.method.factors_in(number) == HEAD_ALONE
+        return Layout(tuple(entry for entry in self.layout.entries if not alone or entry[0] in self.head))
+
+    def bytes_per_client(self, number: int) -> int:
+        """Float32 bytes of the tensors trained in round `number`, down and up."""
+        return 2 * 4 * self.layout_in(number).size
 
     def reserve(self, state: ServerState, ledger: Ledger, key: SecureRandom) -> Permit:
         """Charge the next round, durably, before any message is sent.
@@ -105,6 +114,7 @@ class Server:
             The next state and the L2 norm of the released mean update.
         """
         plan, number = self.plan, state.round + 1
+        layout = self.layout_in(number)
         everyone = range(len(exchange.names))
         if plan.unit is PrivacyUnit.CLIENT:
             cohort = plan.sampler.draw(len(everyone), key.derive("cohort")).tolist()
@@ -112,19 +122,23 @@ class Server:
             cohort = list(everyone)  # each client samples its own examples
         request = Request(number, plan.content_id, state.adapter)
         parts = exchange(request, cohort, key.derive("clients"))
-        total = BoundedSum.merge(parts, size=self.layout.size, clip_norm=plan.clip_norm)
+        total = BoundedSum.merge(parts, size=layout.size, clip_norm=plan.clip_norm)
         released = plan.mechanism.release(total, charged=plan.event, permit=permit, rng=key)
         mean = released.value / plan.divisor
-        step, optimizer = self.optimizer.update(mean, state.optimizer)
+        sent = layout.unflatten(mean)
+        zeros = self.layout.unflatten(torch.zeros(self.layout.size, dtype=torch.float64))
+        step, optimizer = self.optimizer.update(self.layout.flatten(zeros | sent), state.optimizer)
         adapter = dict(state.adapter)
         for name, change in self.layout.unflatten(step).items():
-            adapter[name] = (adapter[name].to(torch.float64) + change).to(torch.float32)
+            if name in sent:
+                scale = self.head_scale if name in self.head else 1.0
+                adapter[name] = (adapter[name].to(torch.float64) + scale * change).to(torch.float32)
         return ServerState(number, adapter, optimizer), float(torch.linalg.vector_norm(mean))
 
     def report(self, state: ServerState, ledger: Ledger, update_norm: float) -> RoundReport:
         """Public facts of the round that led to `state`."""
         spend = ledger.spent()
-        noise = self.plan.noise_norm(self.layout.size)
+        noise = self.plan.noise_norm(self.layout_in(state.round).size)
         return RoundReport(
             round=state.round,
             rounds=self.plan.rounds,
@@ -132,6 +146,6 @@ class Server:
             delta=spend.delta,
             update_norm=update_norm,
             noise_norm=noise,
-            bytes_per_client=self.bytes_per_client,
+            bytes_per_client=self.bytes_per_client(state.round),
             public_metrics={},
         )

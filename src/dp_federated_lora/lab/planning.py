@@ -20,7 +20,7 @@ class RunPlan:
         privacy: the calibrated plan.
         trainable_parameters: scalars trained and sent.
         trainable_fraction: their share of the base model.
-        bytes_per_client_round: adapter bytes to a client and back.
+        bytes_per_client_round: adapter bytes to a client and back; fewer in rounds that train the head alone.
         statement: what the run would end with.
     """
 

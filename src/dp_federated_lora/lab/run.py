@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
+from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import BudgetExhausted, CheckpointError, ConfigError, RunInterrupted
 from dp_federated_lora.federated import (
     RoundKeyFile,
@@ -23,7 +24,7 @@ from dp_federated_lora.federated.checkpoint import write_durably
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.planning import statement_json
-from dp_federated_lora.lab.workbench import Workbench, data_id, privacy_plan, server_optimizer
+from dp_federated_lora.lab.workbench import Workbench, data_id, head_scale, privacy_plan, server_optimizer
 from dp_federated_lora.monitoring.log import open_log
 from dp_federated_lora.monitoring.metrics import MetricsFile, read_metrics
 from dp_federated_lora.monitoring.report import TRAINED_SHARE, render_report
@@ -34,6 +35,7 @@ from dp_federated_lora.training import evaluate_model
 OWNER: Final = "all participants of this run"
 
 OnRound = Callable[[RoundReport], None]
+OnPhase = Callable[[str, float], None]
 
 
 @final
@@ -64,6 +66,7 @@ def train(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     on_round: OnRound | None = None,
+    on_phase: OnPhase | None = None,
 ) -> TrainResult:
     """Run a configuration to the end, or continue an interrupted run.
 
@@ -72,6 +75,7 @@ def train(
         out: the new run directory; default `[run] out`.
         resume: directory of the run to continue.
         on_round: called with every round's public report.
+        on_phase: called during work outside of rounds with its name and the share of it that is done.
 
     Raises:
         ConfigError: if not exactly one of `config` and `resume` is given.
@@ -85,17 +89,18 @@ def train(
     else:
         run = RunDirectory.existing(Path(resume or ""))
     with run:
-        return _Run(run, run.load_config(), on_round or (lambda _: None)).finish()
+        return _Run(run, run.load_config(), on_round or (lambda _: None), on_phase or (lambda *_: None)).finish()
 
 
 @final
 class _Run:
     """One run in one process: everything that its rounds share."""
 
-    def __init__(self, directory: RunDirectory, config: Config, on_round: OnRound) -> None:
+    def __init__(self, directory: RunDirectory, config: Config, on_round: OnRound, on_phase: OnPhase) -> None:
         self._directory = directory
         self._config = config
         self._on_round = on_round
+        self._on_phase = on_phase
         self._log = open_log(directory.log, run=directory.path.name)
         self._metrics = MetricsFile(directory.metrics)
         self._keys = RoundKeyFile(directory.round_key)
@@ -105,11 +110,20 @@ class _Run:
         self._run_id = hashlib.sha256(f"{config.content_id}{data_id(clients)}".encode()).hexdigest()
         self._simulator = Simulator(clients, self._bench.learner)
         self._probe = self._bench.test_examples(limit=config.run.evaluate_examples)
-        if self._probe is not None:
-            self._bench.learner.prepare(self._probe)
-        self._server, self._state = Server.of(self._bench.model, self._plan, self._bench.method, server_optimizer(config))
+        self._prepare([client.examples for client in clients] + ([] if self._probe is None else [self._probe]))
+        self._server, self._state = Server.of(
+            self._bench.model, self._plan, self._bench.method, server_optimizer(config), head_scale=head_scale(config)
+        )
         self._ledger = Ledger.open(directory.ledger, budget=self._plan.budget, owner=OWNER)
         self._recover()
+
+    def _prepare(self, sets: list[Examples]) -> None:
+        done, total = 0, sum(len(examples) for examples in sets)
+        for examples in sets:
+            self._on_phase("preparing examples", done / max(total, 1))
+            self._bench.learner.prepare(examples)
+            done += len(examples)
+        self._on_phase("preparing examples", 1.0)
 
     def _recover(self) -> None:
         """Take up the last durable checkpoint, and publish it in the ledger if a crash came in between."""
@@ -171,6 +185,7 @@ class _Run:
         directory, config, spend = self._directory, self._config, self._ledger.spent()
         insecure = config.run.insecure_seed is not None
         statement = state_privacy(self._plan, epsilon=spend.epsilon, insecure=insecure)
+        self._on_phase("scoring the test data", 0)
         self._bench.model.load(self._state.adapter)
         test = self._bench.test_examples()
         metrics = {} if test is None else evaluate_model(self._bench.learner, test)
@@ -210,7 +225,7 @@ class _Run:
                 "Sampling rate": f"{plan.sampler.sampling_rate:g}",
                 "Clip norm": f"{plan.clip_norm:g}",
                 "Rounds": f"{self._state.round} of {plan.rounds}",
-                "Bytes per participant and round": f"{self._server.bytes_per_client:,}",
+                "Bytes per participant and round": f"{self._server.bytes_per_client(plan.rounds):,}",
             },
             final_metrics=metrics,
             insecure=config.run.insecure_seed is not None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
 import torch
@@ -52,6 +52,12 @@ def server_optimizer(config: Config) -> ServerOptimizer:
     return Sgd(training.server_learning_rate, training.server_momentum)
 
 
+def head_scale(config: Config) -> float:
+    """Length of the head's steps relative to the adapter's."""
+    training = config.training
+    return (training.server_head_learning_rate or training.server_learning_rate) / training.server_learning_rate
+
+
 def local_steps(config: Config) -> LocalSteps | None:
     """Local steps of unit = client, None for unit = example."""
     training = config.training
@@ -95,7 +101,7 @@ class Workbench:
         path = resolve(config.model.source, sha256=config.model.sha256)
         task = Task(config.model.task)
         model = adapt(
-            load_backbone(path, task),
+            load_backbone(path, task, dtype=getattr(torch, config.model.dtype)),
             task=task,
             classes=len(config.data.labels),
             pooling=config.model.pooling,
@@ -105,14 +111,16 @@ class Workbench:
             last_layers=config.lora.last_layers,
             seed=config.run.seed,
         )
+        method = replace(METHODS[config.method.name], head_rounds=config.training.head_rounds)
         tokenizer: Any = load_tokenizer(path)
         learner = Learner(
             model,
             pad_id=tokenizer.pad_token_id or 0,
             batch_tokens=config.training.batch_tokens,
             last_layers=config.lora.last_layers,
+            keep_features=config.training.head_rounds > 0,
         )
-        return cls(config, model, learner, METHODS[config.method.name], tokenizer)
+        return cls(config, model, learner, method, tokenizer)
 
     @property
     def trainable_fraction(self) -> float:

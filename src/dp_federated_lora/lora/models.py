@@ -21,8 +21,19 @@ class Task(Enum):
     CAUSAL_LM = "causal-lm"
 
 
-def load_backbone(path: Path, task: Task) -> nn.Module:
-    """Load a transformers model from a directory or a `.gguf` file, in float32 and without dropout.
+def native_dtype() -> Literal["float32", "bfloat16"]:
+    """The frozen weights' fastest type here: bfloat16 on a CPU that multiplies it natively (AMX or AVX-512), else float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return "bfloat16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "float32"
+
+
+def load_backbone(path: Path, task: Task, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Load a transformers model from a directory or a `.gguf` file, frozen and without dropout.
+
+    Args:
+        path: the model directory or file.
+        task: classification takes the bare encoder or decoder, language modelling the one with its output layer.
+        dtype: of the frozen weights. Adapter, head, clipping and noise are float32 or finer whatever it is.
 
     Raises:
         ModelError: if transformers cannot read it.
@@ -36,7 +47,7 @@ def load_backbone(path: Path, task: Task) -> nn.Module:
     kind: Any = AutoModelForCausalLM if task is Task.CAUSAL_LM else AutoModel
     folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
     try:
-        model: nn.Module = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options)
+        model: nn.Module = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(
             f"[model] source: {path} is not a model that transformers can load for task {task.value!r}: {error}"
@@ -66,13 +77,18 @@ class TextClassifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits `(B, classes)` of token ids and mask `(B, T)`."""
+    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Pooled features `(B, h)` of length 1."""
         states: Tensor = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        states = states.to(self.head.weight.dtype)  # frozen weights may be coarser than the head
         if self.pooling == "last":
             pooled = states[torch.arange(len(states)), attention_mask.sum(dim=1) - 1]
         else:
             mask = attention_mask[..., None].to(states.dtype)
             pooled = (states * mask).sum(dim=1) / mask.sum(dim=1)
-        logits: Tensor = self.head(nn.functional.normalize(pooled, dim=1))
+        return nn.functional.normalize(pooled, dim=1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits `(B, classes)` of token ids and mask `(B, T)`."""
+        logits: Tensor = self.head(self.features(input_ids, attention_mask))
         return logits

@@ -41,8 +41,9 @@ class ProgressBoard:
         self._budget = budget_epsilon
         self._console = console or Console(stderr=True)
         self._clock = clock
-        self._started = clock()
+        self._started = self._rounds_started = clock()
         self._first_round = 0
+        self._phase = "starting"
         self._tenths_shown = -1
         self._report: RoundReport | None = None
         self._metrics: Mapping[str, float] = {}
@@ -56,10 +57,21 @@ class ProgressBoard:
     def __exit__(self, *_error: object) -> None:
         self._live.stop()
 
+    def show_phase(self, phase: str, done: float) -> None:
+        """Show work outside of rounds, such as preparing examples, and the share of it that is done."""
+        news = phase != self._phase
+        self._phase = f"{phase} {done:.0%}" if done else phase
+        self._rounds_started = self._clock()
+        if self._console.is_terminal:
+            self._live.refresh()
+        elif news and not done:
+            self._console.print(Text(phase), soft_wrap=True)
+
     def update(self, report: RoundReport) -> None:
         """Show `report`, the latest round."""
         # a resumed run starts in the middle: its pace counts the rounds of this process only
         self._first_round = self._first_round or report.round
+        self._phase = ""
         self._metrics = report.public_metrics or self._metrics
         self._report = report
         tenths = 10 * report.round // report.rounds
@@ -73,14 +85,14 @@ class ProgressBoard:
     def _board(self) -> Group:
         report = self._report
         if report is None:
-            return Group(Text("waiting for the first round"))
+            return Group(Text(self._phase))
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
             Text(f"round {report.round}/{report.rounds}", style="bold"),
             ProgressBar(total=report.rounds, completed=report.round, width=32),
             Text(f"{report.round / report.rounds:.0%}"),
         )
-        return Group(bar, Text(self._facts(report)), Text(self._times(report), style="dim"))
+        return Group(bar, Text(self._facts(report)), Text(self._phase or self._times(report), style="dim"))
 
     def _facts(self, report: RoundReport) -> str:
         ratio = report.update_norm / report.noise_norm if report.noise_norm > 0 else math.nan
@@ -93,7 +105,8 @@ class ProgressBoard:
         return " | ".join(parts)
 
     def _times(self, report: RoundReport) -> str:
-        elapsed = self._clock() - self._started
+        now = self._clock()
+        elapsed = now - self._started
         done = report.round - self._first_round + 1
-        left = elapsed / done * (report.rounds - report.round)
+        left = (now - self._rounds_started) / done * (report.rounds - report.round)
         return f"elapsed {timedelta(seconds=round(elapsed))} | left {timedelta(seconds=round(left))}"

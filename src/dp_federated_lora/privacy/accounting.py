@@ -34,7 +34,7 @@ _INTERVAL: Final = 1e-3
 _SAFETY: Final = 1e-5
 
 
-def _gaussian_parts(event: DpEvent) -> tuple[float, float]:
+def gaussian_parts(event: DpEvent) -> tuple[float, float]:
     """Sampling probability and noise multiplier of a supported event; the closed table of this accountant.
 
     Raises:
@@ -57,7 +57,7 @@ def event_to_json(event: DpEvent) -> dict[str, Any]:
     Raises:
         UnsupportedEvent: if the event is not in the closed table.
     """
-    rate, z = _gaussian_parts(event)
+    rate, z = gaussian_parts(event)
     gaussian = {"event": "gaussian", "noise_multiplier": z}
     return gaussian if rate == 1.0 else {"event": "poisson", "sampling_rate": rate, "of": gaussian}
 
@@ -86,7 +86,7 @@ def event_from_json(data: Any) -> DpEvent:
         event = _READERS[data["event"]](data)
     except (KeyError, TypeError, ValueError) as error:
         raise UnsupportedEvent(f"{data!r} is not a privacy event this version can read") from error
-    _gaussian_parts(event)
+    gaussian_parts(event)
     return event
 
 
@@ -116,7 +116,7 @@ class Composition:
         """
         if count < 1:
             raise PrivacyError(f"an event happens at least once, got {count}")
-        part = _pld(*_gaussian_parts(event))
+        part = _pld(*gaussian_parts(event))
         part = part.self_compose(count) if count > 1 else part
         self._pld = part if self._pld is None else self._pld.compose(part)
 
@@ -136,7 +136,7 @@ def epsilon_rdp(events: Iterable[tuple[DpEvent, int]], delta: float) -> float:
     """Epsilon by Renyi DP (Mironov 2017), the second opinion: never below what the PLD shows."""
     accountant = RdpAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
     for event, count in events:
-        _gaussian_parts(event)
+        gaussian_parts(event)
         accountant.compose(event, count)
     return float(accountant.get_epsilon(delta))
 

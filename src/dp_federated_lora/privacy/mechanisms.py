@@ -9,8 +9,8 @@ from typing import final
 import torch
 from dp_accounting import GaussianDpEvent
 
-from dp_federated_lora.errors import IncompatiblePlan
-from dp_federated_lora.privacy.accounting import DpEvent
+from dp_federated_lora.errors import IncompatiblePlan, PermitMismatch
+from dp_federated_lora.privacy.accounting import DpEvent, gaussian_parts
 from dp_federated_lora.privacy.bounded import LATTICE_BITS, BoundedSum, Released
 from dp_federated_lora.privacy.clipping import resolution
 from dp_federated_lora.privacy.ledger import Permit
@@ -52,8 +52,11 @@ class GaussianMechanism:
 
         Raises:
             PermitSpent: if the permit bought a release already.
-            PermitMismatch: if it was issued for another event or another stream.
+            PermitMismatch: if it was issued for another event, another stream or another noise multiplier.
         """
+        _, multiplier = gaussian_parts(charged)
+        if multiplier != self.noise_multiplier:
+            raise PermitMismatch(f"noise multiplier {self.noise_multiplier} but {multiplier} was charged; one plan yields both")
         permit.burn(charged, rng.commitment)
         sigma = math.ldexp(self.noise_multiplier, LATTICE_BITS)
         noise = torch.from_numpy(rng.derive("noise").rounded_gaussian(sigma, total._value.numel()))

@@ -28,8 +28,6 @@ class Simulator:
             raise ConfigError("client names must be unique: one participant would count twice in a sum")
         self._clients = tuple(clients)
         self._learner = learner
-        for client in clients:
-            learner.prepare(client.examples)
 
     @property
     def names(self) -> Sequence[str]:

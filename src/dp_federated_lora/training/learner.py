@@ -1,15 +1,16 @@
 """An adapted model together with how examples are batched into it.
 
 Blocks below the lowest adapted one are frozen and have no dropout, so their output for an example never changes. With
-`last_layers` set it is computed once per example and replayed: exactly the same numbers, without the work.
+`last_layers` set it is computed once per example and replayed: exactly the same numbers, without the work. While the head
+alone is trained, the same holds for the features that it sees.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from dp_federated_lora.data import Examples, collate, length_batches
 from dp_federated_lora.errors import ModelError
-from dp_federated_lora.lora import AdaptedModel, Task, block_list
+from dp_federated_lora.lora import AdaptedModel, Factor, Task, TextClassifier, block_list
 
 
 @final
@@ -29,15 +30,23 @@ class Learner:
         pad_id: token id for padding.
         batch_tokens: most tokens of one forward pass, padding included.
         last_layers: number of adapted blocks at the top if the others may be cached; None for no cache.
+        keep_features: whether there will be rounds that train the head alone.
     """
 
-    def __init__(self, model: AdaptedModel, *, pad_id: int, batch_tokens: int, last_layers: int | None) -> None:
+    def __init__(
+        self, model: AdaptedModel, *, pad_id: int, batch_tokens: int, last_layers: int | None, keep_features: bool = False
+    ) -> None:
         self.model = model
         self._pad_id = pad_id
         self._batch_tokens = batch_tokens
         blocks = block_list(model.module) if last_layers else None
-        self._trunk = _Trunk(blocks, len(blocks) - last_layers) if blocks and last_layers else None
+        depth = len(blocks) - last_layers if blocks and last_layers else 0
+        self._trunk = _Trunk(blocks, depth) if blocks and depth else None
         self._states: dict[tuple[int, ...], Tensor] = {}
+        self._keep_features = keep_features
+        self._features: dict[tuple[int, ...], Tensor] = {}
+        self._factors = model.parameters(frozenset((Factor.A, Factor.B)))
+        self._factors_of_features = {name: p.detach().clone() for name, p in self._factors.items()}
 
     def batches(self, examples: Examples, indices: Sequence[int]) -> Iterator[list[int]]:
         """Split `indices` into batches of similar length."""
@@ -45,23 +54,32 @@ class Learner:
             yield [indices[i] for i in batch]
 
     def prepare(self, examples: Examples) -> None:
-        """Compute the frozen trunk for all of `examples`, in batches that depend on nothing else.
+        """Compute what never changes for all of `examples`, in batches that depend on nothing else.
 
-        Doing it once, up front and in a fixed order keeps a resumed run equal to the bit.
+        Doing it once, up front and in a fixed order keeps a resumed run equal to the bit. Call it before the model's
+        adapter changes for the first time.
         """
-        if self._trunk is None or self._trunk.depth == 0:
+        if self._trunk is None and not self._keep_features:
             return
         for batch in self.batches(examples, range(len(examples))):
             tokens = [examples.tokens[i] for i in batch]
             ids, mask = collate(tokens, pad_id=self._pad_id)
-            states = self._trunk.record(partial(self._forward, ids, mask))
-            for row, sequence in enumerate(tokens):
-                self._states[sequence] = states[row, : len(sequence)].clone()
+            start: AbstractContextManager[None] = nullcontext()
+            if self._trunk:
+                states = self._trunk.record(partial(self._forward, ids, mask))
+                start = self._trunk.replay(states)
+                for row, sequence in enumerate(tokens):
+                    self._states[sequence] = states[row, : len(sequence)].clone()
+            if self._keep_features:
+                with torch.no_grad(), start:
+                    self._features.update(zip(tokens, self._classifier.features(ids, mask), strict=True))
 
     def logits(self, examples: Examples, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, token ids `(B, T)` and mask `(B, T)` of a batch."""
         tokens = [examples.tokens[i] for i in indices]
         ids, mask = collate(tokens, pad_id=self._pad_id)
+        if self._features_hold() and all(sequence in self._features for sequence in tokens):
+            return self._classifier.head(torch.stack([self._features[sequence] for sequence in tokens])), ids, mask
         states = [self._states.get(sequence) for sequence in tokens]
         known = [state for state in states if state is not None]
         if self._trunk is None or len(known) < len(tokens):
@@ -78,10 +96,20 @@ class Learner:
         weight = mask[:, 1:]
         return (tokens * weight).sum(dim=1) / weight.sum(dim=1)
 
+    @property
+    def _classifier(self) -> TextClassifier:
+        return cast(TextClassifier, self.model.module)  # the configuration allows head rounds for classifiers only
+
+    def _features_hold(self) -> bool:
+        """Whether the kept features are those of the adapter as it is, and no gradient has to pass through them."""
+        if not self._features or (torch.is_grad_enabled() and any(p.requires_grad for p in self._factors.values())):
+            return False
+        return all(torch.equal(p, self._factors_of_features[name]) for name, p in self._factors.items())
+
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         output: Any = self.model.module(input_ids=ids, attention_mask=mask)
         logits: Tensor = output.logits if self.model.task is Task.CAUSAL_LM else output
-        return logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class _Replay(nn.Module):
