@@ -1,3 +1,4 @@
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,8 @@ import pytest
 from dp_federated_lora.errors import ConfigError
 from dp_federated_lora.lab.config import Config, load_config, parse_config
 from dp_federated_lora.lab.recipes import recipe_names, recipe_text
+from dp_federated_lora.lab.workbench import privacy_plan, unit_notes
+from dp_federated_lora.privacy import state_privacy
 
 Raw = dict[str, dict[str, object]]
 
@@ -137,3 +140,15 @@ def test_configurations_are_frozen(raw_config: Raw):
     config: Config = parse_config(raw_config, where="x")
     with pytest.raises(Exception, match="frozen"):
         config.privacy.epsilon = 1.0  # type: ignore[misc]
+
+
+def test_the_statement_says_what_an_example_is_where_texts_are_cut():
+    raw = tomllib.loads(recipe_text("dialogue"))
+    assert unit_notes(parse_config(raw, where="x")) == ()
+    raw["privacy"] |= {"unit": "example", "population": 50_000}
+    raw["training"] = {}
+    config = parse_config(raw, where="x")
+    rows = state_privacy(privacy_plan(config), epsilon=1.0, insecure=False, notes=unit_notes(config))
+    covered = [row for row in rows if row.epsilon is not None]
+    assert covered
+    assert all(any("at most 32 tokens" in assumption for assumption in row.assumptions) for row in covered)

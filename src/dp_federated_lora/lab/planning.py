@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, final
 
 from dp_federated_lora.lab.config import Config
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.workbench import Workbench, privacy_plan, unit_notes
 from dp_federated_lora.privacy import PrivacyPlan, StatementRow, state_privacy
 from dp_federated_lora.vector import Layout
 
@@ -55,7 +55,12 @@ def plan_run(config: Config) -> RunPlan:
     bench = Workbench.of(config)
     plan = privacy_plan(config)
     size = Layout.of(bench.model.parameters(bench.method.factors)).size
-    statement = state_privacy(plan, epsilon=plan.epsilon_after(plan.rounds), insecure=config.run.insecure_seed is not None)
+    statement = state_privacy(
+        plan,
+        epsilon=plan.epsilon_after(plan.rounds),
+        insecure=config.run.insecure_seed is not None,
+        notes=unit_notes(config),
+    )
     return RunPlan(
         privacy=plan,
         trainable_parameters=size,

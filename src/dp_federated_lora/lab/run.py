@@ -24,7 +24,7 @@ from dp_federated_lora.federated.checkpoint import write_durably
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.planning import statement_json
-from dp_federated_lora.lab.workbench import Workbench, data_id, head_scale, privacy_plan, server_optimizer
+from dp_federated_lora.lab.workbench import Workbench, data_id, head_scale, privacy_plan, server_optimizer, unit_notes
 from dp_federated_lora.monitoring.log import open_log
 from dp_federated_lora.monitoring.metrics import MetricsFile, read_metrics
 from dp_federated_lora.monitoring.report import TRAINED_SHARE, render_report
@@ -118,6 +118,10 @@ class _Run:
         self._recover()
 
     def _prepare(self, sets: list[Examples]) -> None:
+        """Compute what never changes, where an example is expected to be used more than once."""
+        steps = self._config.training.local_steps or 1
+        if self._plan.rounds * self._plan.sampler.sampling_rate * steps <= 1:
+            return
         done, total = 0, sum(len(examples) for examples in sets)
         for examples in sets:
             self._on_phase("preparing examples", done / max(total, 1))
@@ -184,7 +188,7 @@ class _Run:
     def _write_results(self) -> TrainResult:
         directory, config, spend = self._directory, self._config, self._ledger.spent()
         insecure = config.run.insecure_seed is not None
-        statement = state_privacy(self._plan, epsilon=spend.epsilon, insecure=insecure)
+        statement = state_privacy(self._plan, epsilon=spend.epsilon, insecure=insecure, notes=unit_notes(config))
         self._on_phase("scoring the test data", 0)
         self._bench.model.load(self._state.adapter)
         test = self._bench.test_examples()

@@ -44,6 +44,13 @@ def privacy_plan(config: Config) -> PrivacyPlan:
     )
 
 
+def unit_notes(config: Config) -> tuple[str, ...]:
+    """What the privacy unit means for this data, where its name does not say it."""
+    if config.privacy.unit == "example" and config.model.task == "causal-lm":
+        return (f"an example is a piece of text of at most {config.model.max_tokens} tokens: a longer text is several units",)
+    return ()
+
+
 def server_optimizer(config: Config) -> ServerOptimizer:
     """The server optimiser of a configuration."""
     training = config.training

@@ -47,7 +47,9 @@ def load_backbone(path: Path, task: Task, *, dtype: torch.dtype = torch.float32)
     kind: Any = AutoModelForCausalLM if task is Task.CAUSAL_LM else AutoModel
     folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
     try:
-        model: nn.Module = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+        model: nn.Module = kind.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager", local_files_only=True, **options
+        )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(
             f"[model] source: {path} is not a model that transformers can load for task {task.value!r}: {error}"

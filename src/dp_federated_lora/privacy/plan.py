@@ -151,13 +151,14 @@ class PrivacyPlan:
         return self.mechanism.noise_multiplier * self.clip_norm * math.sqrt(size) / self.divisor
 
 
-def state_privacy(plan: PrivacyPlan, *, epsilon: float, insecure: bool) -> tuple[StatementRow, ...]:
+def state_privacy(plan: PrivacyPlan, *, epsilon: float, insecure: bool, notes: tuple[str, ...] = ()) -> tuple[StatementRow, ...]:
     """The statement for a total spend of `epsilon` (planned or executed) at the plan's delta.
 
     Args:
         plan: what was or will be executed.
         epsilon: the composed spend.
         insecure: noise or cohorts came from a seed; then no row claims anything.
+        notes: what the unit means for this data; said in every row that claims something.
     """
     coins = "each unit takes part by independent secret coins (Poisson); nobody else learns who took part in a round"
     server = "the server computes sums and noise as this software does, and keeps un-noised values to itself"
@@ -169,7 +170,7 @@ def state_privacy(plan: PrivacyPlan, *, epsilon: float, insecure: bool) -> tuple
             relation=RELATION,
             epsilon=None if insecure else epsilon,
             delta=None if insecure else plan.budget.delta,
-            assumptions=seed if insecure else (server, coins, *extra),
+            assumptions=seed if insecure else (server, coins, *notes, *extra),
         )
         for adversary, extra in (
             ("recipients of the model", ()),
