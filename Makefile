@@ -12,8 +12,8 @@ test: .venv/.test lint
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term -q -m "not slow"
 
 lint: .venv/.test
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/interrogate -q src
