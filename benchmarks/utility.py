@@ -35,11 +35,12 @@ TABLE = Path("docs/utility.md")
 SIZES = {"newswire": 5485, "newsgroups": 11293}  # public facts of these public tables, for the centralised example unit
 
 
-def configuration(data: str, *overrides: str) -> Config:
-    """The recipe with changes."""
+def configuration(data: str, *overrides: str, local_steps: bool = True) -> Config:
+    """The recipe with changes; without its local steps where the unit becomes the example."""
+    lines = [line for line in recipe_text(data).splitlines() if local_steps or not line.startswith("local_")]
     path = RESULTS / f"{data}.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(recipe_text(data), encoding="utf-8")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return load_config(path, overrides=overrides)
 
 
@@ -69,15 +70,7 @@ def centralised(data: str, epsilon: float, seed: int) -> dict[str, float]:
             *(f"training.{key}={getattr(training, key)}" for key in ("server_learning_rate", "head_rounds")),
             f"training.server_head_learning_rate={training.server_head_learning_rate or training.server_learning_rate}",
         ]
-    return trained(_without_local_steps(data, changes), f"{data}-centralised-{epsilon}-{seed}")
-
-
-def _without_local_steps(data: str, changes: list[str]) -> Config:
-    path = RESULTS / f"{data}-central.toml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [line for line in recipe_text(data).splitlines() if not line.startswith("local_")]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return load_config(path, overrides=changes)
+    return trained(configuration(data, *changes, local_steps=False), f"{data}-centralised-{epsilon}-{seed}")
 
 
 def not_private(data: str, epsilon: float, seed: int) -> dict[str, float]:

@@ -28,38 +28,29 @@ from dp_federated_lora.lab.workbench import Workbench, privacy_plan
 from dp_federated_lora.monitoring.metrics import read_metrics
 from dp_federated_lora.privacy import (
     BoundedSum,
-    Budget,
     Composition,
     ExampleGradients,
     GaussianMechanism,
     Ledger,
     PoissonSampler,
     PrivacyPlan,
-    PrivacyUnit,
     SecureRandom,
-    Trust,
     UnitId,
     clip_examples,
     clip_to,
 )
 from dp_federated_lora.vector import Layout
+from plans import a_plan
 
 Raw = dict[str, dict[str, object]]
 SIZE = 40
-
-
-def a_plan(**changes: object) -> PrivacyPlan:
-    facts: dict[str, object] = {
-        "unit": PrivacyUnit.CLIENT,
-        "trust": Trust.CENTRAL,
-        "sampler": PoissonSampler(1.0),
-        "clip_norm": 1.0,
-        "mechanism": GaussianMechanism(1.0),
-        "rounds": 1,
-        "divisor": 10.0,
-        "budget": Budget(100.0, 1e-5),
-    }
-    return PrivacyPlan(**(facts | changes))  # type: ignore[arg-type]
+ONE_SURE_ROUND = {
+    "sampler": PoissonSampler(1.0),
+    "clip_norm": 1.0,
+    "mechanism": GaussianMechanism(1.0),
+    "rounds": 1,
+    "divisor": 10.0,
+}
 
 
 def released(tmp_path: Path, updates: Sequence[torch.Tensor], seed: int = 1) -> torch.Tensor:
@@ -72,7 +63,7 @@ def released(tmp_path: Path, updates: Sequence[torch.Tensor], seed: int = 1) -> 
             for index, update in enumerate(updates):
                 yield BoundedSum.collect([clip_to(update, 1.0, UnitId(str(index)))], size=SIZE, clip_norm=1.0)
 
-    plan = a_plan()
+    plan = a_plan(**ONE_SURE_ROUND)
     server = Server(plan=plan, method=FFA, optimizer=Sgd(1.0), layout=Layout((("w", (SIZE,)),)))
     state = ServerState(0, {"w": torch.zeros(SIZE)}, Sgd(1.0).init(SIZE))
     key = SecureRandom.insecure_from(seed)
@@ -167,9 +158,9 @@ def test_8_the_sampler_that_is_charged_is_the_one_that_picks_the_examples(raw_co
 
 
 def test_9_only_the_poisson_sampler_amplifies_and_the_price_of_other_samplers_is_known():
-    poisson = a_plan(sampler=PoissonSampler(0.1), rounds=100, divisor=100.0).epsilon_after(100)
+    poisson = a_plan(sampler=PoissonSampler(0.1), mechanism=GaussianMechanism(1.0), rounds=100).epsilon_after(100)
     assert poisson == pytest.approx(7.05, abs=0.01)
-    assert a_plan(sampler=PoissonSampler(1.0), rounds=1).event == GaussianMechanism(1.0).event
+    assert a_plan(**ONE_SURE_ROUND).event == GaussianMechanism(1.0).event
     unamplified = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=1e-2)
     unamplified.compose(dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(1.0), 100))
     assert poisson < unamplified.get_epsilon(1e-5) / 10  # what a sampler without secret coins would cost
@@ -256,7 +247,7 @@ def test_21_reports_metrics_and_logs_hold_public_facts_and_released_values_only(
 
 def test_22_no_setting_separates_the_noise_that_is_added_from_the_noise_that_is_charged(tmp_path: Path):
     assert [f.name for f in dataclasses.fields(GaussianMechanism)] == ["noise_multiplier"]
-    plan = a_plan()
+    plan = a_plan(**ONE_SURE_ROUND)
     key = SecureRandom.insecure_from(1)
     ledger = Ledger.open(tmp_path / "l.sqlite", budget=plan.budget, owner="t")
     permit = ledger.reserve(plan.event, round=1, purpose="training", commitment=key.commitment)

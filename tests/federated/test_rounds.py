@@ -24,28 +24,14 @@ from dp_federated_lora.privacy import (
     PrivacyPlan,
     PrivacyUnit,
     SecureRandom,
-    Trust,
     UnitId,
     clip_to,
 )
 from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.vector import Layout
+from plans import a_plan
 
 D = 200  # statistical bounds below are more than 5.4 standard errors wide: false positives under 1e-7
-
-
-def plan(**changes: object) -> PrivacyPlan:
-    facts: dict[str, object] = {
-        "unit": PrivacyUnit.CLIENT,
-        "trust": Trust.CENTRAL,
-        "sampler": PoissonSampler(0.5),
-        "clip_norm": 2.0,
-        "mechanism": GaussianMechanism(1.5),
-        "rounds": 3,
-        "divisor": 50.0,
-        "budget": Budget(100.0, 1e-5),
-    }
-    return PrivacyPlan(**(facts | changes))  # type: ignore[arg-type]
 
 
 class Clients:
@@ -74,7 +60,7 @@ def one_round(tmp_path: Path, exchange: Clients, the_plan: PrivacyPlan, seed: in
 
 def test_the_released_mean_is_the_clipped_sum_plus_noise_over_a_public_constant(tmp_path: Path):
     exchange = Clients(torch.full((D,), 10.0))
-    step = one_round(tmp_path, exchange, plan())
+    step = one_round(tmp_path, exchange, a_plan())
     cohort = len(exchange.cohorts[0])
     signal = cohort * (2.0 / math.sqrt(D)) / 50.0
     noise = step.double() - signal
@@ -84,18 +70,18 @@ def test_the_released_mean_is_the_clipped_sum_plus_noise_over_a_public_constant(
 
 
 def test_dropouts_change_neither_the_divisor_nor_the_noise(tmp_path: Path):
-    whole = one_round(tmp_path, Clients(torch.full((D,), 10.0)), plan(), seed=4)
+    whole = one_round(tmp_path, Clients(torch.full((D,), 10.0)), a_plan(), seed=4)
     exchange = Clients(torch.full((D,), 10.0), drop=10)
     other = tmp_path / "other"
     other.mkdir()
-    less = one_round(other, exchange, plan(), seed=4)
+    less = one_round(other, exchange, a_plan(), seed=4)
     # The same key, so the same noise: exactly ten clipped contributions are missing.
     assert torch.allclose(whole - less, torch.full((D,), 10 * (2.0 / math.sqrt(D)) / 50.0), atol=1e-5)
 
 
 def test_an_empty_cohort_and_non_finite_updates_still_get_full_noise(tmp_path: Path):
     for seed, exchange in ((1, Clients(torch.full((D,), 1.0), drop=100)), (2, Clients(torch.full((D,), float("nan"))))):
-        step = one_round(tmp_path, exchange, plan(), seed=seed)
+        step = one_round(tmp_path, exchange, a_plan(), seed=seed)
         assert torch.isfinite(step).all()
         assert float(step.std()) > 0.7 * 1.5 * 2.0 / 50.0
 
@@ -106,15 +92,15 @@ def test_a_client_that_answers_twice_or_with_another_clip_norm_is_refused(tmp_pa
             yield from super().__call__(request, [*clients, clients[0]], rng)
 
     with pytest.raises(DuplicateContribution):
-        one_round(tmp_path, Twice(torch.ones(D)), plan())
+        one_round(tmp_path, Twice(torch.ones(D)), a_plan())
     with pytest.raises(Exception, match="one plan, one clip norm"):
-        one_round(tmp_path, Clients(torch.ones(D), clip_norm=9.0), plan(), seed=2)
+        one_round(tmp_path, Clients(torch.ones(D), clip_norm=9.0), a_plan(), seed=2)
 
 
 def test_cohorts_are_fresh_poisson_samples(tmp_path: Path):
     exchange = Clients(torch.ones(D))
     for seed in range(40):
-        one_round(tmp_path, exchange, plan(), seed=seed)
+        one_round(tmp_path, exchange, a_plan(), seed=seed)
     sizes = torch.tensor([len(c) for c in exchange.cohorts], dtype=torch.float64)
     assert len({tuple(c) for c in exchange.cohorts}) == 40
     assert abs(float(sizes.mean()) - 50) < 5.4 * 5 / math.sqrt(40)
@@ -123,10 +109,10 @@ def test_cohorts_are_fresh_poisson_samples(tmp_path: Path):
 
 def test_plans_that_cannot_fit_or_make_no_sense_are_refused():
     with pytest.raises(IncompatiblePlan, match="raise the noise"):
-        plan(budget=Budget(0.5, 1e-5))
+        a_plan(budget=Budget(0.5, 1e-5))
     for change in ({"rounds": 0}, {"divisor": 0.0}, {"divisor": float("nan")}, {"clip_norm": -1.0}):
         with pytest.raises(IncompatiblePlan):
-            plan(**change)
+            a_plan(**change)
     with pytest.raises(IncompatiblePlan, match="sampling_rate"):
         PoissonSampler(0.0)
     with pytest.raises(IncompatiblePlan, match="noise_multiplier"):
@@ -138,7 +124,7 @@ def test_plans_that_cannot_fit_or_make_no_sense_are_refused():
 
 
 def test_every_field_of_a_plan_is_in_its_identity():
-    base = plan()
+    base = a_plan()
     changed = [
         replace(base, clip_norm=3.0),
         replace(base, rounds=2),
@@ -160,19 +146,19 @@ def test_clients_refuse_a_plan_they_did_not_agree_to_and_names_are_unique(raw_co
         handle(request, clients[0], bench.learner, SecureRandom.insecure_from(0))
     with pytest.raises(ConfigError, match="unique"):
         Simulator([clients[0], clients[0]], bench.learner)
-    lonely = Client("x", clients[0].examples, plan(), FFA, None)
+    lonely = Client("x", clients[0].examples, a_plan(), FFA, None)
     with pytest.raises(IncompatiblePlan, match="local steps"):
-        handle(Request(1, plan().content_id, bench.model.state()), lonely, bench.learner, SecureRandom.insecure_from(0))
+        handle(Request(1, a_plan().content_id, bench.model.state()), lonely, bench.learner, SecureRandom.insecure_from(0))
 
 
 def test_head_rounds_send_and_move_the_head_alone_and_its_steps_have_their_own_length(tmp_path: Path):
     layout = Layout((("lora_B", (30,)), ("head.weight", (D - 30,))))
     method = replace(FFA, head_rounds=1)
     server = Server(
-        plan=plan(), method=method, optimizer=Sgd(1.0), layout=layout, head=frozenset({"head.weight"}), head_scale=10.0
+        plan=a_plan(), method=method, optimizer=Sgd(1.0), layout=layout, head=frozenset({"head.weight"}), head_scale=10.0
     )
     state = ServerState(0, {"lora_B": torch.zeros(30), "head.weight": torch.zeros(D - 30)}, Sgd(1.0).init(D))
-    ledger = Ledger.open(tmp_path / "l.sqlite", budget=plan().budget, owner="t")
+    ledger = Ledger.open(tmp_path / "l.sqlite", budget=a_plan().budget, owner="t")
     assert [server.bytes_per_client(n) for n in (1, 2)] == [8 * (D - 30), 8 * D]
     spreads = []
     for size in (D - 30, D):
@@ -183,7 +169,7 @@ def test_head_rounds_send_and_move_the_head_alone_and_its_steps_have_their_own_l
         ledger.commit(permit.serial)
         spreads.append({n: float((state.adapter[n] - before[n]).std()) for n in before})
         report = server.report(state, ledger, 0.0)
-        assert report.noise_norm == pytest.approx(plan().noise_norm(size))
+        assert report.noise_norm == pytest.approx(a_plan().noise_norm(size))
     noise = 1.5 * 2.0 / 50.0
     assert spreads[0]["lora_B"] == 0.0
     for spread in spreads:
