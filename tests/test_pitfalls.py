@@ -65,7 +65,7 @@ def released(tmp_path: Path, updates: Sequence[torch.Tensor], seed: int = 1) -> 
 
     plan = a_plan(**ONE_SURE_ROUND)
     server = Server(plan=plan, method=FFA, optimizer=Sgd(1.0), layout=Layout((("w", (SIZE,)),)))
-    state = ServerState(0, {"w": torch.zeros(SIZE)}, Sgd(1.0).init(SIZE))
+    state = ServerState(0, {"w": torch.zeros(SIZE)}, Sgd(1.0).init(SIZE), plan.clip_norm)
     key = SecureRandom.insecure_from(seed)
     tmp_path.mkdir(exist_ok=True)
     ledger = Ledger.open(tmp_path / f"{len(list(tmp_path.iterdir()))}.sqlite", budget=plan.budget, owner="t")
@@ -152,7 +152,8 @@ def test_8_the_sampler_that_is_charged_is_the_one_that_picks_the_examples(raw_co
     losses = type(bench.learner).losses
     monkeypatch.setattr(type(bench.learner), "losses", lambda s, e, i: seen.append(len(i)) or losses(s, e, i))
     for seed in range(3):
-        handle(Request(1, plan.content_id, bench.model.state()), client, bench.learner, SecureRandom.insecure_from(seed))
+        request = Request(1, plan.content_id, bench.model.state(), plan.clip_norm)
+        handle(request, client, bench.learner, SecureRandom.insecure_from(seed))
     assert sum(seen) == sum(drawn)
     assert plan.event.sampling_probability == plan.sampler.sampling_rate  # type: ignore[union-attr]
 
@@ -224,7 +225,7 @@ def test_15_without_its_privacy_state_a_run_does_not_continue(raw_config: Raw):
     bench = Workbench.of(config)
     with pytest.raises(IncompatiblePlan):
         handle(
-            Request(2, replace(plan, clip_norm=2.0).content_id, bench.model.state()),
+            Request(2, replace(plan, clip_norm=2.0).content_id, bench.model.state(), 2.0),
             clients[0],
             bench.learner,
             SecureRandom.insecure_from(1),
@@ -234,7 +235,17 @@ def test_15_without_its_privacy_state_a_run_does_not_continue(raw_config: Raw):
 def test_21_reports_metrics_and_logs_hold_public_facts_and_released_values_only(raw_config: Raw):
     raw_config["data"] = {k: v for k, v in raw_config["data"].items() if k not in ("test", "test_is_public")}
     result = train(parse_config(raw_config, where="test"))
-    public = {"round", "rounds", "epsilon", "delta", "update_norm", "noise_norm", "bytes_per_client", "public_metrics"}
+    public = {
+        "round",
+        "rounds",
+        "epsilon",
+        "delta",
+        "update_norm",
+        "noise_norm",
+        "clip_norm",
+        "bytes_per_client",
+        "public_metrics",
+    }
     assert {f.name for f in dataclasses.fields(RoundReport)} == public
     for line in read_metrics(result.path / "metrics.jsonl"):
         assert set(line) == public

@@ -51,7 +51,7 @@ class Clients:
 
 def one_round(tmp_path: Path, exchange: Clients, the_plan: PrivacyPlan, seed: int = 1) -> torch.Tensor:
     server = Server(plan=the_plan, method=FFA, optimizer=Sgd(1.0), layout=Layout((("w", (D,)),)))
-    state = ServerState(0, {"w": torch.zeros(D)}, Sgd(1.0).init(D))
+    state = ServerState(0, {"w": torch.zeros(D)}, Sgd(1.0).init(D), the_plan.clip_norm)
     key = SecureRandom.insecure_from(seed)
     ledger = Ledger.open(tmp_path / f"{seed}.sqlite", budget=the_plan.budget, owner="t")
     after, _ = server.run_round(state, server.reserve(state, ledger, key), exchange, key)
@@ -141,14 +141,14 @@ def test_clients_refuse_a_plan_they_did_not_agree_to_and_names_are_unique(raw_co
     config = parse_config(raw_config, where="x")
     bench = Workbench.of(config)
     clients = bench.clients(privacy_plan(config))
-    request = Request(1, "0" * 64, bench.model.state())
+    request = Request(1, "0" * 64, bench.model.state(), 2.0)
     with pytest.raises(IncompatiblePlan, match="nothing was computed"):
         handle(request, clients[0], bench.learner, SecureRandom.insecure_from(0))
     with pytest.raises(ConfigError, match="unique"):
         Simulator([clients[0], clients[0]], bench.learner)
     lonely = Client("x", clients[0].examples, a_plan(), FFA, None)
     with pytest.raises(IncompatiblePlan, match="local steps"):
-        handle(Request(1, a_plan().content_id, bench.model.state()), lonely, bench.learner, SecureRandom.insecure_from(0))
+        handle(Request(1, a_plan().content_id, bench.model.state(), 2.0), lonely, bench.learner, SecureRandom.insecure_from(0))
 
 
 def test_head_rounds_send_and_move_the_head_alone_and_its_steps_have_their_own_length(tmp_path: Path):
@@ -157,7 +157,7 @@ def test_head_rounds_send_and_move_the_head_alone_and_its_steps_have_their_own_l
     server = Server(
         plan=a_plan(), method=method, optimizer=Sgd(1.0), layout=layout, head=frozenset({"head.weight"}), head_scale=10.0
     )
-    state = ServerState(0, {"lora_B": torch.zeros(30), "head.weight": torch.zeros(D - 30)}, Sgd(1.0).init(D))
+    state = ServerState(0, {"lora_B": torch.zeros(30), "head.weight": torch.zeros(D - 30)}, Sgd(1.0).init(D), 2.0)
     ledger = Ledger.open(tmp_path / "l.sqlite", budget=a_plan().budget, owner="t")
     assert [server.bytes_per_client(n) for n in (1, 2)] == [8 * (D - 30), 8 * D]
     spreads = []
@@ -168,8 +168,8 @@ def test_head_rounds_send_and_move_the_head_alone_and_its_steps_have_their_own_l
         state, _ = server.run_round(state, permit, Clients(torch.zeros(size)), key)
         ledger.commit(permit.serial)
         spreads.append({n: float((state.adapter[n] - before[n]).std()) for n in before})
-        report = server.report(state, ledger, 0.0)
-        assert report.noise_norm == pytest.approx(a_plan().noise_norm(size))
+        report = server.report(state, ledger, update_norm=0.0, clip_norm=2.0)
+        assert report.noise_norm == pytest.approx(a_plan().noise_norm(size, 2.0))
     noise = 1.5 * 2.0 / 50.0
     assert spreads[0]["lora_B"] == 0.0
     for spread in spreads:

@@ -19,6 +19,7 @@ class RoundReport:
     delta: float
     update_norm: float
     noise_norm: float
+    clip_norm: float
     bytes_per_client: int
     public_metrics: Mapping[str, float]
 
@@ -45,6 +46,7 @@ def report() -> Callable[..., RoundReport]:
             "delta": 1e-5,
             "update_norm": 1.5,
             "noise_norm": 1.0,
+            "clip_norm": 0.5,
             "bytes_per_client": 4096,
             "public_metrics": {},
         }

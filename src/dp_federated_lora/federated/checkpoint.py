@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -22,17 +23,18 @@ from torch import Tensor
 from dp_federated_lora.errors import CheckpointError, StorageError
 from dp_federated_lora.privacy import SecureRandom
 
-_FORMAT: Final = "dpfl-checkpoint-1"
+_FORMAT: Final = "dpfl-checkpoint-2"
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """State after `round` rounds: all adapter tensors, and the server optimiser's."""
+    """State after `round` rounds: all adapter tensors, the server optimiser's, and the next round's clip norm."""
 
     round: int
     adapter: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
+    clip_norm: float
 
 
 def write_durably(path: Path, content: bytes, *, mode: int = 0o644) -> None:
@@ -66,6 +68,7 @@ def write_checkpoint(path: Path, state: ServerState, *, run_id: str, ledger_head
     """
     tensors = {f"adapter/{n}": t.contiguous() for n, t in state.adapter.items()}
     tensors |= {f"optimizer/{n}": t.contiguous() for n, t in state.optimizer.items()}
+    tensors["server/clip_norm"] = torch.tensor(state.clip_norm, dtype=torch.float64)
     facts = {
         "format": _FORMAT,
         "round": str(state.round),
@@ -96,11 +99,12 @@ def read_checkpoint(path: Path, *, run_id: str) -> tuple[ServerState, str]:
             f"the checkpoint {path} belongs to configuration {facts['run_id'][:12]}, this run is {run_id[:12]}: "
             "a run resumes with the configuration and data it was started with"
         )
-    parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}}
+    parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}, "server": {}}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
         parts[kind][rest] = tensor
-    return ServerState(int(facts["round"]), parts["adapter"], parts["optimizer"]), facts["ledger_head"]
+    state = ServerState(int(facts["round"]), parts["adapter"], parts["optimizer"], float(parts["server"]["clip_norm"]))
+    return state, facts["ledger_head"]
 
 
 @final

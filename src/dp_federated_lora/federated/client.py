@@ -12,7 +12,7 @@ from torch import Tensor
 from dp_federated_lora.aggregation import LinearMethod
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import IncompatiblePlan
-from dp_federated_lora.privacy import BoundedSum, PrivacyPlan, PrivacyUnit, SecureRandom, UnitId, clip_to
+from dp_federated_lora.privacy import BoundedSum, PrivacyPlan, PrivacyUnit, SecureRandom, UnitId
 from dp_federated_lora.training import Learner, LocalSteps, example_gradient_sum, local_update
 
 
@@ -25,11 +25,13 @@ class Request:
         round: 1-based.
         plan_id: `PrivacyPlan.content_id` of the server's plan.
         adapter: global adapter tensors by name.
+        clip_norm: C of this round.
     """
 
     round: int
     plan_id: str
     adapter: Mapping[str, Tensor]
+    clip_norm: float
 
 
 @final
@@ -55,7 +57,7 @@ class Client:
 def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom) -> BoundedSum:
     """Compute a client's bounded contribution to a round.
 
-    Client unit: local steps, then the whole update is clipped to C. Example unit: the client tosses a secret coin for
+    Client unit: local steps, then the whole update is clipped. Example unit: the client tosses a secret coin for
     each of its examples and sums their clipped gradients; an empty sample gives the zero sum, like any other.
 
     Args:
@@ -77,10 +79,11 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
     trained = learner.model.train_only(client.method.factors_in(request.round))
     if plan.unit is PrivacyUnit.EXAMPLE:
         chosen = plan.sampler.draw(len(client.examples), rng.derive("sample")).tolist()
-        return example_gradient_sum(learner, trained, client.examples, chosen, clip_norm=plan.clip_norm, owner=client.name)
+        return example_gradient_sum(
+            learner, trained, client.examples, chosen, plan=plan, clip_norm=request.clip_norm, owner=client.name
+        )
     if client.local is None:
         raise IncompatiblePlan("unit = client trains locally; [training] needs local steps")
     generator = torch.Generator().manual_seed(int(rng.derive("batches").uint64(1)[0] >> 1))
     update = local_update(learner, trained, client.examples, client.local, generator)
-    bounded = clip_to(update, plan.clip_norm, UnitId(client.name))
-    return BoundedSum.collect([bounded], size=update.numel(), clip_norm=plan.clip_norm)
+    return plan.clip(update[None], request.clip_norm, [UnitId(client.name)])

@@ -41,6 +41,7 @@ class RoundReport:
         delta: at which epsilon holds.
         update_norm: L2 norm of the released mean update.
         noise_norm: expected L2 norm of the noise in it, a public number.
+        clip_norm: bound of one unit's contribution; it follows from public facts and released values.
         bytes_per_client: adapter bytes to a client and back.
         public_metrics: quality on declared-public test data; empty in most rounds.
     """
@@ -51,6 +52,7 @@ class RoundReport:
     delta: float
     update_norm: float
     noise_norm: float
+    clip_norm: float
     bytes_per_client: int
     public_metrics: Mapping[str, float]
 
@@ -88,7 +90,8 @@ class Server:
         layout = Layout.of(model.parameters(method.factors))
         head = frozenset(model.parameters(HEAD_ALONE))
         server = cls(plan=plan, method=method, optimizer=optimizer, layout=layout, head=head, head_scale=head_scale)
-        return server, ServerState(round=0, adapter=model.state(), optimizer=optimizer.init(layout.size))
+        first = ServerState(round=0, adapter=model.state(), optimizer=optimizer.init(layout.size), clip_norm=plan.clip_norm)
+        return server, first
 
     def layout_in(self, number: int) -> Layout:
         """Layout of what clients send in round `number`."""
@@ -113,18 +116,19 @@ class Server:
         Returns:
             The next state and the L2 norm of the released mean update.
         """
-        plan, number = self.plan, state.round + 1
+        plan, number, clip_norm = self.plan, state.round + 1, state.clip_norm
         layout = self.layout_in(number)
         everyone = range(len(exchange.names))
         if plan.unit is PrivacyUnit.CLIENT:
             cohort = plan.sampler.draw(len(everyone), key.derive("cohort")).tolist()
         else:
             cohort = list(everyone)  # each client samples its own examples
-        request = Request(number, plan.content_id, state.adapter)
+        request = Request(number, plan.content_id, state.adapter, clip_norm)
         parts = exchange(request, cohort, key.derive("clients"))
-        total = BoundedSum.merge(parts, size=layout.size, clip_norm=plan.clip_norm)
+        size, bound = layout.size + plan.extra_coordinates, plan.sensitivity(clip_norm)
+        total = BoundedSum.merge(parts, size=size, clip_norm=bound)
         released = plan.mechanism.release(total, charged=plan.event, permit=permit, rng=key)
-        mean = released.value / plan.divisor
+        mean, extra = torch.tensor_split(released.value / plan.divisor, [layout.size])
         sent = layout.unflatten(mean)
         zeros = self.layout.unflatten(torch.zeros(self.layout.size, dtype=torch.float64))
         step, optimizer = self.optimizer.update(self.layout.flatten(zeros | sent), state.optimizer)
@@ -133,19 +137,20 @@ class Server:
             if name in sent:
                 scale = self.head_scale if name in self.head else 1.0
                 adapter[name] = (adapter[name].to(torch.float64) + scale * change).to(torch.float32)
-        return ServerState(number, adapter, optimizer), float(torch.linalg.vector_norm(mean))
+        following = ServerState(number, adapter, optimizer, plan.clip_norm_after(clip_norm, extra))
+        return following, float(torch.linalg.vector_norm(mean))
 
-    def report(self, state: ServerState, ledger: Ledger, update_norm: float) -> RoundReport:
-        """Public facts of the round that led to `state`."""
+    def report(self, state: ServerState, ledger: Ledger, *, update_norm: float, clip_norm: float) -> RoundReport:
+        """Public facts of the round that led to `state`, with what was released and the clip norm that it used."""
         spend = ledger.spent()
-        noise = self.plan.noise_norm(self.layout_in(state.round).size)
         return RoundReport(
             round=state.round,
             rounds=self.plan.rounds,
             epsilon=spend.epsilon,
             delta=spend.delta,
             update_norm=update_norm,
-            noise_norm=noise,
+            noise_norm=self.plan.noise_norm(self.layout_in(state.round).size, clip_norm),
+            clip_norm=clip_norm,
             bytes_per_client=self.bytes_per_client(state.round),
             public_metrics={},
         )

@@ -101,7 +101,8 @@ class PrivacySection(_Section):
     """[privacy]: the guarantee. `epsilon` is the dial; noise is calibrated from it.
 
     `population` is the declared, public number of units: with `sampling_rate` it sets the divisor, and it is never counted
-    from data. Weaker budgets than epsilon 10 and delta 1e-5 need `allow_weak_privacy`.
+    from data. Weaker budgets than epsilon 10 and delta 1e-5 need `allow_weak_privacy`. With `clip_quantile` the clip norm starts
+    at `clip_norm` and follows that quantile of the units' norms; its price is part of each round's.
     """
 
     unit: Literal["example", "client"]
@@ -109,6 +110,7 @@ class PrivacySection(_Section):
     epsilon: Positive
     delta: Annotated[float, Field(gt=0, lt=1)] = MAX_DELTA
     clip_norm: Positive = 1.0
+    clip_quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
     sampling_rate: Annotated[float, Field(gt=0, le=1)]
     rounds: Count
     population: Count | None = None

@@ -173,11 +173,12 @@ class _Run:
     def _round(self) -> None:
         key = self._keys.open_round(self._state.round + 1, insecure_seed=self._config.run.insecure_seed)
         permit = self._server.reserve(self._state, self._ledger, key)
+        clip_norm = self._state.clip_norm
         self._state, update_norm = self._server.run_round(self._state, permit, self._simulator, key)
         write_checkpoint(self._directory.checkpoint, self._state, run_id=self._run_id, ledger_head=self._ledger.head)
         self._ledger.commit(permit.serial)
         self._keys.destroy()
-        report = self._server.report(self._state, self._ledger, update_norm)
+        report = self._server.report(self._state, self._ledger, update_norm=update_norm, clip_norm=clip_norm)
         if self._probe is not None and self._state.round % self._config.run.evaluate_every == 0:
             self._bench.model.load(self._state.adapter)
             report = report.with_metrics(evaluate_model(self._bench.learner, self._probe))

@@ -25,7 +25,7 @@ from dp_federated_lora.errors import ConfigError
 from dp_federated_lora.federated import Client
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lora import AdaptedModel, Task, adapt, load_backbone
-from dp_federated_lora.privacy import Budget, PrivacyPlan, PrivacyUnit
+from dp_federated_lora.privacy import AdaptiveClip, Budget, PrivacyPlan, PrivacyUnit
 from dp_federated_lora.training import Learner, LocalSteps
 
 METHODS: Final = {method.name: method for method in (FFA, FEDAVG)}
@@ -41,7 +41,17 @@ def privacy_plan(config: Config) -> PrivacyPlan:
         sampling_rate=privacy.sampling_rate,
         rounds=privacy.rounds,
         clip_norm=privacy.clip_norm,
+        adaptive_clip=_adaptive_clip(config),
     )
+
+
+def _adaptive_clip(config: Config) -> AdaptiveClip | None:
+    """The defaults of Andrew et al. 2021: rate 0.2, and noise of a twentieth of the expected cohort on the count of bits."""
+    privacy = config.privacy
+    if privacy.clip_quantile is None:
+        return None
+    cohort = privacy.sampling_rate * config.population
+    return AdaptiveClip(quantile=privacy.clip_quantile, learning_rate=0.2, bit_noise=cohort / 20.0)
 
 
 def unit_notes(config: Config) -> tuple[str, ...]:

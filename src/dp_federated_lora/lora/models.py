@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, redirect_stderr
 from enum import Enum
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,10 +48,13 @@ def load_backbone(path: Path, task: Task, *, dtype: torch.dtype = torch.float32)
 
     kind: Any = AutoModelForCausalLM if task is Task.CAUSAL_LM else AutoModel
     folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+    # Reading GGUF draws a bar of its own that no setting turns off.
+    quiet = redirect_stderr(StringIO()) if options else nullcontext()
     try:
-        model: nn.Module = kind.from_pretrained(
-            folder, dtype=dtype, attn_implementation="eager", local_files_only=True, **options
-        )
+        with quiet:
+            model: nn.Module = kind.from_pretrained(
+                folder, dtype=dtype, attn_implementation="eager", local_files_only=True, **options
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(
             f"[model] source: {path} is not a model that transformers can load for task {task.value!r}: {error}"

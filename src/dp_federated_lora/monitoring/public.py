@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dp_federated_lora.federated.round import RoundReport
 
 _INTEGERS: Final = frozenset({"round", "rounds", "bytes_per_client"})
-_NUMBERS: Final = frozenset({"epsilon", "delta", "update_norm", "noise_norm"})
+_NUMBERS: Final = frozenset({"epsilon", "delta", "update_norm", "noise_norm", "clip_norm"})
 _PUBLIC: Final = _INTEGERS | _NUMBERS | {"public_metrics"}
 """The fields of a `RoundReport`, listed a second time on purpose.
 

@@ -9,7 +9,7 @@ from dp_federated_lora.privacy.accounting import (
     event_to_json,
 )
 from dp_federated_lora.privacy.bounded import Bounded, BoundedSum, Released, UnitId
-from dp_federated_lora.privacy.clipping import clip_examples, clip_to
+from dp_federated_lora.privacy.clipping import AdaptiveClip, clip_examples, clip_to
 from dp_federated_lora.privacy.gradients import ExampleGradients
 from dp_federated_lora.privacy.ledger import Budget, Ledger, LedgerRow, Permit, Spend
 from dp_federated_lora.privacy.mechanisms import GaussianMechanism
@@ -18,6 +18,7 @@ from dp_federated_lora.privacy.rng import SecureRandom
 from dp_federated_lora.privacy.sampling import PoissonSampler
 
 __all__ = (
+    "AdaptiveClip",
     "Bounded",
     "BoundedSum",
     "Budget",

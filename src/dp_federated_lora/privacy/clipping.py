@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, final
 
 import torch
 from torch import Tensor
 
-from dp_federated_lora.errors import PrivacyError
+from dp_federated_lora.errors import IncompatiblePlan, PrivacyError
 from dp_federated_lora.privacy.bounded import LATTICE_BITS, Bounded, BoundedSum, UnitId, seal, seal_sum
 
 _SQUARED_BOUND: Final = 4**LATTICE_BITS
@@ -56,6 +57,66 @@ def clip_examples(rows: Tensor, clip_norm: float, units: Sequence[UnitId]) -> Bo
             "each unit gives exactly one row"
         )
     return seal_sum(_to_lattice(rows, clip_norm).sum(dim=0), clip_norm, distinct)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptiveClip:
+    r"""A clip norm that follows a quantile of the units' norms (Andrew et al. 2021, arXiv 1905.03871).
+
+    A unit sends its clipped vector and the bit b = [norm <= C_t], as +-1/2. The bit is one more coordinate of the vector, scaled
+    so that the pair has sensitivity K_t = C_t / sqrt(1 - s^2) with s = z / (2 sigma_b): ONE Gaussian release with multiplier z
+    pays for both. Noise z K_t is z_D C_t on the vector, with the paper's z_D = (z^-2 - (2 sigma_b)^-2)^(-1/2), and sigma_b on the
+    sum of bits. C_t is fixed before round t; C_{t+1} follows from what round t released.
+
+    Args:
+        quantile: gamma in (0, 1), the share of units that should stay unclipped.
+        learning_rate: eta of the geometric step C <- C exp(-eta (b - gamma)).
+        bit_noise: sigma_b, standard deviation of the noise on the sum of bits; the paper takes a twentieth of the cohort.
+    """
+
+    quantile: float
+    learning_rate: float
+    bit_noise: float
+
+    def __post_init__(self) -> None:
+        if not (0.0 < self.quantile < 1.0 and self.learning_rate > 0.0 and self.bit_noise > 0.0):
+            raise IncompatiblePlan(f"an adaptive clip has a quantile in (0, 1) and positive rate and bit noise, got {self}")
+
+    def share(self, noise_multiplier: float) -> float:
+        """S = z / (2 sigma_b), the bit's share of the sensitivity.
+
+        Raises:
+            IncompatiblePlan: if s >= 1: the bit alone would cost more than the round may.
+        """
+        share = noise_multiplier / (2.0 * self.bit_noise)
+        if share >= 1.0:
+            raise IncompatiblePlan(
+                f"bit noise {self.bit_noise:g} is at most half the noise multiplier {noise_multiplier:g}, so the quantile bit "
+                "alone costs more than a round may: raise the cohort (sampling rate, population) or use a fixed clip norm"
+            )
+        return share
+
+    def sensitivity(self, clip_norm: float, noise_multiplier: float) -> float:
+        """K, the L2 norm of vector and bit together."""
+        return clip_norm / math.sqrt(1.0 - self.share(noise_multiplier) ** 2)
+
+    def clip(self, rows: Tensor, clip_norm: float, noise_multiplier: float, units: Sequence[UnitId]) -> BoundedSum:
+        """Sum over units of clipped rows `(B, d)` and their bits, `(d + 1,)`; a non-finite row gives neither."""
+        bound = self.sensitivity(clip_norm, noise_multiplier)
+        half_bit = bound * self.share(noise_multiplier)
+        norms = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.float64)
+        within = norms <= clip_norm
+        clipped = rows.detach().to(torch.float64) * torch.where(within, 1.0, clip_norm / norms)[:, None]
+        bits = torch.where(within, half_bit, -half_bit)[:, None]
+        joined = torch.cat([clipped, bits], dim=1)
+        return clip_examples(torch.where(torch.isfinite(norms)[:, None], joined, 0.0), bound, units)
+
+    def following(self, clip_norm: float, mean_bit: float, noise_multiplier: float) -> float:
+        """C_{t+1} from the released last coordinate divided by the expected cohort: post-processing."""
+        half_bit = self.sensitivity(clip_norm, noise_multiplier) * self.share(noise_multiplier)
+        unclipped = min(max(mean_bit / (2.0 * half_bit) + 0.5, 0.0), 1.0)
+        return clip_norm * math.exp(-self.learning_rate * (unclipped - self.quantile))
 
 
 def _to_lattice(rows: Tensor, clip_norm: float) -> Tensor:

@@ -8,7 +8,7 @@ per-example gradients is a few per cent of a step and a second (ghost) pass woul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self, final
 
@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dp_federated_lora.errors import IncompatiblePlan
-from dp_federated_lora.privacy.bounded import BoundedSum, UnitId
-from dp_federated_lora.privacy.clipping import clip_examples
 from dp_federated_lora.vector import Layout
 
 
@@ -103,7 +101,3 @@ class ExampleGradients:
             for name, shape in ((n, torch.Size(s)) for n, s in self._layout.entries)
         ]
         return torch.cat(rows, dim=1)
-
-    def clipped_sum(self, losses: Tensor, *, clip_norm: float, units: Sequence[UnitId]) -> BoundedSum:
-        """Sum over examples of gradients clipped to `clip_norm`; `losses` `(B,)` in the order of `units`."""
-        return clip_examples(self.rows(losses), clip_norm, units)

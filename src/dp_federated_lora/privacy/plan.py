@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Final, Self, final
 
+from torch import Tensor
+
 from dp_federated_lora.errors import IncompatiblePlan
 from dp_federated_lora.privacy.accounting import Composition, DpEvent, calibrate_noise_multiplier
+from dp_federated_lora.privacy.bounded import BoundedSum, UnitId
+from dp_federated_lora.privacy.clipping import AdaptiveClip, clip_examples
 from dp_federated_lora.privacy.ledger import Budget
 from dp_federated_lora.privacy.mechanisms import GaussianMechanism
 from dp_federated_lora.privacy.sampling import PoissonSampler
@@ -62,11 +67,12 @@ class PrivacyPlan:
         unit: what is protected.
         trust: who adds noise.
         sampler: who takes part in a round.
-        clip_norm: C, the L2 bound of one unit's contribution to a round.
+        clip_norm: C, the L2 bound of one unit's contribution to a round; the first one where it adapts.
         mechanism: noise on the sum.
         rounds: T.
         divisor: public constant by which the noised sum is divided: sampling rate x declared population.
         budget: the ceiling that the ledger enforces.
+        adaptive_clip: how the clip norm follows the data, inside what a round costs; None keeps it.
 
     Raises:
         IncompatiblePlan: if a field is out of range or the rounds cannot fit the budget.
@@ -80,6 +86,7 @@ class PrivacyPlan:
     rounds: int
     divisor: float
     budget: Budget
+    adaptive_clip: AdaptiveClip | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -87,6 +94,7 @@ class PrivacyPlan:
         for name, value in (("clip_norm", self.clip_norm), ("divisor", self.divisor)):
             if not (math.isfinite(value) and value > 0):
                 raise IncompatiblePlan(f"{name} must be a positive public constant, got {value}")
+        self.sensitivity(self.clip_norm)
         planned = self.epsilon_after(self.rounds)
         if planned > self.budget.epsilon:
             raise IncompatiblePlan(
@@ -104,6 +112,7 @@ class PrivacyPlan:
         sampling_rate: float,
         rounds: int,
         clip_norm: float,
+        adaptive_clip: AdaptiveClip | None = None,
     ) -> Self:
         """The plan with the least noise that keeps `rounds` rounds within `budget`.
 
@@ -114,6 +123,7 @@ class PrivacyPlan:
             sampling_rate: q.
             rounds: T.
             clip_norm: C.
+            adaptive_clip: how C follows the data.
         """
         if population < 1:
             raise IncompatiblePlan(f"population is a positive public number of units, got {population}")
@@ -127,6 +137,7 @@ class PrivacyPlan:
             rounds=rounds,
             divisor=sampling_rate * population,
             budget=budget,
+            adaptive_clip=adaptive_clip,
         )
 
     @property
@@ -146,9 +157,31 @@ class PrivacyPlan:
         composition.add(self.event, rounds)
         return composition.epsilon(self.budget.delta)
 
-    def noise_norm(self, size: int) -> float:
-        """Expected L2 norm of the noise in the released mean of `size` coordinates; public."""
-        return self.mechanism.noise_multiplier * self.clip_norm * math.sqrt(size) / self.divisor
+    @property
+    def extra_coordinates(self) -> int:
+        """Coordinates of a contribution beside the trained ones: 1 for the bit of an adaptive clip."""
+        return 0 if self.adaptive_clip is None else 1
+
+    def sensitivity(self, clip_norm: float) -> float:
+        """L2 bound of one unit's whole contribution in a round whose clip norm is `clip_norm`."""
+        z = self.mechanism.noise_multiplier
+        return clip_norm if self.adaptive_clip is None else self.adaptive_clip.sensitivity(clip_norm, z)
+
+    def clip(self, rows: Tensor, clip_norm: float, units: Sequence[UnitId]) -> BoundedSum:
+        """Sum of the contributions of distinct units, rows `(B, d)`, each bounded by `sensitivity(clip_norm)`."""
+        if self.adaptive_clip is None:
+            return clip_examples(rows, clip_norm, units)
+        return self.adaptive_clip.clip(rows, clip_norm, self.mechanism.noise_multiplier, units)
+
+    def clip_norm_after(self, clip_norm: float, extra: Tensor) -> float:
+        """The next round's clip norm, from the released mean of the extra coordinates."""
+        if self.adaptive_clip is None:
+            return clip_norm
+        return self.adaptive_clip.following(clip_norm, float(extra), self.mechanism.noise_multiplier)
+
+    def noise_norm(self, size: int, clip_norm: float) -> float:
+        """Expected L2 norm of the noise in the released mean of `size` coordinates at `clip_norm`; public."""
+        return self.mechanism.noise_multiplier * self.sensitivity(clip_norm) * math.sqrt(size) / self.divisor
 
 
 def state_privacy(plan: PrivacyPlan, *, epsilon: float, insecure: bool, notes: tuple[str, ...] = ()) -> tuple[StatementRow, ...]:

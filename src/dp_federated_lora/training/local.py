@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dp_federated_lora.data import Examples
-from dp_federated_lora.privacy import BoundedSum, ExampleGradients, UnitId
+from dp_federated_lora.privacy import BoundedSum, ExampleGradients, PrivacyPlan, UnitId
 from dp_federated_lora.training.learner import Learner
 from dp_federated_lora.vector import Layout
 
@@ -63,23 +63,25 @@ def example_gradient_sum(
     examples: Examples,
     chosen: Sequence[int],
     *,
+    plan: PrivacyPlan,
     clip_norm: float,
     owner: str,
 ) -> BoundedSum:
-    """Sum over `chosen` examples of NEGATIVE gradients, each clipped to `clip_norm`: a step, like a local update.
+    """Sum over `chosen` examples of NEGATIVE gradients, each clipped as the plan says: a step, like a local update.
 
     Args:
         learner: the model at the global adapter.
         trained: trained parameters by name; they define the layout.
         examples: the client's examples.
         chosen: indices of the sampled ones.
-        clip_norm: C per example.
+        plan: how contributions are bounded.
+        clip_norm: C of this round.
         owner: the client's name, so that its units differ from everyone else's.
     """
-    size = Layout.of(trained).size
+    size = Layout.of(trained).size + plan.extra_coordinates
     sums = []
     with ExampleGradients(learner.model.module, trained) as gradients:
         for batch in learner.batches(examples, chosen):
             units = [UnitId(f"{owner}/{examples.units[i]}") for i in batch]
-            sums.append(gradients.clipped_sum(-learner.losses(examples, batch), clip_norm=clip_norm, units=units))
-    return BoundedSum.merge(sums, size=size, clip_norm=clip_norm)
+            sums.append(plan.clip(gradients.rows(-learner.losses(examples, batch)), clip_norm, units))
+    return BoundedSum.merge(sums, size=size, clip_norm=plan.sensitivity(clip_norm))
