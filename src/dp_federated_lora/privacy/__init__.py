@@ -13,6 +13,7 @@ from dp_federated_lora.privacy.clipping import AdaptiveClip, clip_examples, clip
 from dp_federated_lora.privacy.gradients import ExampleGradients
 from dp_federated_lora.privacy.ledger import Budget, Ledger, LedgerRow, Permit, Spend
 from dp_federated_lora.privacy.mechanisms import GaussianMechanism
+from dp_federated_lora.privacy.personal import Personalisation, Tier, personal_tiers
 from dp_federated_lora.privacy.plan import PrivacyPlan, PrivacyUnit, StatementRow, Trust, state_privacy
 from dp_federated_lora.privacy.rng import SecureRandom
 from dp_federated_lora.privacy.sampling import PoissonSampler
@@ -29,6 +30,7 @@ __all__ = (
     "Ledger",
     "LedgerRow",
     "Permit",
+    "Personalisation",
     "PoissonSampler",
     "PrivacyPlan",
     "PrivacyUnit",
@@ -36,6 +38,7 @@ __all__ = (
     "SecureRandom",
     "Spend",
     "StatementRow",
+    "Tier",
     "Trust",
     "UnitId",
     "calibrate_noise_multiplier",
@@ -44,5 +47,6 @@ __all__ = (
     "epsilon_rdp",
     "event_from_json",
     "event_to_json",
+    "personal_tiers",
     "state_privacy",
 )

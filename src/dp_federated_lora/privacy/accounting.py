@@ -157,11 +157,7 @@ def calibrate_noise_multiplier(*, epsilon: float, delta: float, sampling_rate: f
     target = epsilon * (1.0 - _SAFETY)
 
     def cost(z: float) -> float:
-        composition = Composition()
-        gaussian = GaussianDpEvent(z)
-        event = gaussian if sampling_rate == 1.0 else PoissonSampledDpEvent(sampling_rate, gaussian)
-        composition.add(event, rounds)
-        return composition.epsilon(delta)
+        return _cost(sampling_rate, z, rounds, delta)
 
     low, high = 0.5, 1.0
     while cost(high) > target:
@@ -177,3 +173,30 @@ def calibrate_noise_multiplier(*, epsilon: float, delta: float, sampling_rate: f
     while cost(root) > target:  # the root finder may end on either side
         root *= 1.0 + 5e-5
     return float(root)
+
+
+@lru_cache(maxsize=64)
+def calibrate_sampling_rate(*, epsilon: float, delta: float, noise_multiplier: float, rounds: int) -> float:
+    """Greatest q in (0, 1] (relative tolerance 1e-4, from below) whose `rounds` rounds cost at most `epsilon`.
+
+    Raises:
+        PrivacyError: if even q = 1e-6 costs more.
+    """
+    target = epsilon * (1.0 - _SAFETY)
+    if _cost(1.0, noise_multiplier, rounds, delta) <= target:
+        return 1.0
+    low = 1e-6
+    if _cost(low, noise_multiplier, rounds, delta) > target:
+        raise PrivacyError(f"at noise multiplier {noise_multiplier:g} no sampling rate keeps {rounds} rounds within {epsilon:g}")
+    q = brentq(lambda rate: _cost(rate, noise_multiplier, rounds, delta) - target, low, 1.0, rtol=5e-5)
+    while _cost(q, noise_multiplier, rounds, delta) > target:
+        q *= 1.0 - 5e-5
+    return float(q)
+
+
+def _cost(rate: float, z: float, rounds: int, delta: float) -> float:
+    """Epsilon of `rounds` Poisson-sampled Gaussians."""
+    gaussian = GaussianDpEvent(z)
+    composition = Composition()
+    composition.add(gaussian if rate == 1.0 else PoissonSampledDpEvent(rate, gaussian), rounds)
+    return composition.epsilon(delta)
