@@ -61,6 +61,9 @@ class Learner:
         """
         if self._trunk is None and not self._keep_features:
             return
+        room = sum(len(sequence) for sequence in examples.tokens)
+        # One block: thousands of small ones, each left between large short-lived ones, would spread over three times the memory.
+        store: Tensor | None = None
         for batch in self.batches(examples, range(len(examples))):
             tokens = [examples.tokens[i] for i in batch]
             ids, mask = collate(tokens, pad_id=self._pad_id)
@@ -68,8 +71,11 @@ class Learner:
             if self._trunk:
                 states = self._trunk.record(partial(self._forward, ids, mask))
                 start = self._trunk.replay(states)
+                if store is None:
+                    store = states.new_empty(room, states.shape[-1])
                 for row, sequence in enumerate(tokens):
-                    self._states[sequence] = states[row, : len(sequence)].clone()
+                    room -= len(sequence)
+                    self._states[sequence] = store[room : room + len(sequence)].copy_(states[row, : len(sequence)])
             if self._keep_features:
                 with torch.no_grad(), start:
                     self._features.update(zip(tokens, self._classifier.features(ids, mask), strict=True))
