@@ -22,7 +22,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_federated_lora import train
 from dp_federated_lora.aggregation import FFA, Sgd
 from dp_federated_lora.errors import CheckpointError, IncompatiblePlan, PermitMismatch, RunInterrupted, UnsupportedEvent
-from dp_federated_lora.federated import Client, Request, RoundReport, Server, ServerState, handle
+from dp_federated_lora.federated import Client, Purpose, Request, RoundReport, Server, ServerState, handle
 from dp_federated_lora.lab.config import parse_config
 from dp_federated_lora.lab.workbench import Workbench, privacy_plan
 from dp_federated_lora.monitoring.metrics import read_metrics
@@ -152,7 +152,7 @@ def test_8_the_sampler_that_is_charged_is_the_one_that_picks_the_examples(raw_co
     losses = type(bench.learner).losses
     monkeypatch.setattr(type(bench.learner), "losses", lambda s, e, i: seen.append(len(i)) or losses(s, e, i))
     for seed in range(3):
-        request = Request(1, plan.content_id, bench.model.state(), plan.clip_norm)
+        request = Request(Purpose.TRAINING, 1, plan.content_id, bench.model.state(), plan.clip_norm)
         handle(request, client, bench.learner, SecureRandom.insecure_from(seed))
     assert sum(seen) == sum(drawn)
     assert plan.event.sampling_probability == plan.sampler.sampling_rate  # type: ignore[union-attr]
@@ -225,7 +225,7 @@ def test_15_without_its_privacy_state_a_run_does_not_continue(raw_config: Raw):
     bench = Workbench.of(config)
     with pytest.raises(IncompatiblePlan):
         handle(
-            Request(2, replace(plan, clip_norm=2.0).content_id, bench.model.state(), 2.0),
+            Request(Purpose.TRAINING, 2, replace(plan, clip_norm=2.0).content_id, bench.model.state(), 2.0),
             clients[0],
             bench.learner,
             SecureRandom.insecure_from(1),
@@ -245,6 +245,7 @@ def test_21_reports_metrics_and_logs_hold_public_facts_and_released_values_only(
         "clip_norm",
         "bytes_per_client",
         "public_metrics",
+        "private_metrics",
     }
     assert {f.name for f in dataclasses.fields(RoundReport)} == public
     for line in read_metrics(result.path / "metrics.jsonl"):

@@ -12,7 +12,7 @@ import torch
 
 from dp_federated_lora.aggregation import FFA, Adam, Sgd
 from dp_federated_lora.errors import ConfigError, DuplicateContribution, IncompatiblePlan
-from dp_federated_lora.federated import Client, Request, Server, ServerState, handle
+from dp_federated_lora.federated import Client, Purpose, Request, Server, ServerState, handle
 from dp_federated_lora.lab.config import parse_config
 from dp_federated_lora.lab.workbench import Workbench, privacy_plan
 from dp_federated_lora.privacy import (
@@ -141,14 +141,19 @@ def test_clients_refuse_a_plan_they_did_not_agree_to_and_names_are_unique(raw_co
     config = parse_config(raw_config, where="x")
     bench = Workbench.of(config)
     clients = bench.clients(privacy_plan(config))
-    request = Request(1, "0" * 64, bench.model.state(), 2.0)
+    request = Request(Purpose.TRAINING, 1, "0" * 64, bench.model.state(), 2.0)
     with pytest.raises(IncompatiblePlan, match="nothing was computed"):
         handle(request, clients[0], bench.learner, SecureRandom.insecure_from(0))
     with pytest.raises(ConfigError, match="unique"):
         Simulator([clients[0], clients[0]], bench.learner)
-    lonely = Client("x", clients[0].examples, a_plan(), FFA, None)
+    lonely = Client("x", clients[0].examples, a_plan(), FFA, None, clients[0].held_out)
     with pytest.raises(IncompatiblePlan, match="local steps"):
-        handle(Request(1, a_plan().content_id, bench.model.state(), 2.0), lonely, bench.learner, SecureRandom.insecure_from(0))
+        handle(
+            Request(Purpose.TRAINING, 1, a_plan().content_id, bench.model.state(), 2.0),
+            lonely,
+            bench.learner,
+            SecureRandom.insecure_from(0),
+        )
 
 
 def test_head_rounds_send_and_move_the_head_alone_and_its_steps_have_their_own_length(tmp_path: Path):
@@ -168,7 +173,7 @@ def test_head_rounds_send_and_move_the_head_alone_and_its_steps_have_their_own_l
         state, _ = server.run_round(state, permit, Clients(torch.zeros(size)), key)
         ledger.commit(permit.serial)
         spreads.append({n: float((state.adapter[n] - before[n]).std()) for n in before})
-        report = server.report(state, ledger, update_norm=0.0, clip_norm=2.0)
+        report = server.report(state, ledger, update_norm=0.0, clip_norm=2.0, scores={})
         assert report.noise_norm == pytest.approx(a_plan().noise_norm(size, 2.0))
     noise = 1.5 * 2.0 / 50.0
     assert spreads[0]["lora_B"] == 0.0

@@ -22,6 +22,7 @@ class RoundReport:
     clip_norm: float
     bytes_per_client: int
     public_metrics: Mapping[str, float]
+    private_metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,7 @@ def report() -> Callable[..., RoundReport]:
             "clip_norm": 0.5,
             "bytes_per_client": 4096,
             "public_metrics": {},
+            "private_metrics": {},
         }
         return RoundReport(**fields | changes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,20 @@ class Examples:
         labels = None if self.labels is None else tuple(self.labels[index] for index in chosen)
         tokens = tuple(self.tokens[index] for index in chosen)
         return Examples(tokens, labels, tuple(self.units[index] for index in chosen))
+
+    def split(self, share: float, seed: int) -> tuple[Examples, Examples]:
+        """Hold out about `share` of the examples; returns the rest and the held-out ones.
+
+        Whether an example is held out depends on itself and the public seed alone, so that adding or removing one example moves
+        no other.
+        """
+
+        def held_out(index: int) -> bool:
+            digest = hashlib.sha256(repr((seed, self.tokens[index])).encode()).digest()
+            return int.from_bytes(digest[:8]) < share * 2**64
+
+        chosen = [held_out(index) for index in range(len(self))]
+        return self.subset(i for i, out in enumerate(chosen) if not out), self.subset(i for i, out in enumerate(chosen) if out)
 
 
 def tokenize_classification(

@@ -6,12 +6,13 @@ from dp_federated_lora.federated.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from dp_federated_lora.federated.client import Client, Request, handle
+from dp_federated_lora.federated.client import Client, Purpose, Request, handle
 from dp_federated_lora.federated.round import Exchange, RoundReport, Server
 
 __all__ = (
     "Client",
     "Exchange",
+    "Purpose",
     "Request",
     "RoundKeyFile",
     "RoundReport",

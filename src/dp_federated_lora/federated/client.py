@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import final
 
 import torch
@@ -13,21 +14,30 @@ from dp_federated_lora.aggregation import LinearMethod
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import IncompatiblePlan
 from dp_federated_lora.privacy import BoundedSum, PrivacyPlan, PrivacyUnit, SecureRandom, UnitId
-from dp_federated_lora.training import Learner, LocalSteps, example_gradient_sum, local_update
+from dp_federated_lora.training import Learner, LocalSteps, example_gradient_sum, example_scores, local_update
+
+
+class Purpose(Enum):
+    """What a client is asked for: a contribution to the adapter, or scores of it on held-out examples."""
+
+    TRAINING = "training"
+    EVALUATION = "evaluation"
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the server sends: the round, the plan it follows, and the global adapter.
+    """What the server sends: the purpose, the round, the plan it follows, and the global adapter.
 
     Args:
+        purpose: what to compute.
         round: 1-based.
         plan_id: `PrivacyPlan.content_id` of the server's plan.
         adapter: global adapter tensors by name.
         clip_norm: C of this round.
     """
 
+    purpose: Purpose
     round: int
     plan_id: str
     adapter: Mapping[str, Tensor]
@@ -45,6 +55,7 @@ class Client:
         plan: the privacy plan that this client agreed to.
         method: which factors are trained.
         local: local steps (client unit); None for the example unit.
+        held_out: private examples that are never trained on, for evaluation.
     """
 
     name: str
@@ -52,10 +63,11 @@ class Client:
     plan: PrivacyPlan
     method: LinearMethod
     local: LocalSteps | None
+    held_out: Examples
 
 
 def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom) -> BoundedSum:
-    """Compute a client's bounded contribution to a round.
+    """Compute a client's bounded contribution to a round, or to an evaluation.
 
     Client unit: local steps, then the whole update is clipped. Example unit: the client tosses a secret coin for
     each of its examples and sums their clipped gradients; an empty sample gives the zero sum, like any other.
@@ -76,6 +88,8 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
             f"{request.plan_id[:12]}: refused, nothing was computed"
         )
     learner.model.load(request.adapter)
+    if request.purpose is Purpose.EVALUATION:
+        return _scores(client, learner)
     trained = learner.model.train_only(client.method.factors_in(request.round))
     if plan.unit is PrivacyUnit.EXAMPLE:
         chosen = plan.sampler.draw(len(client.examples), rng.derive("sample")).tolist()
@@ -87,3 +101,15 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
     generator = torch.Generator().manual_seed(int(rng.derive("batches").uint64(1)[0] >> 1))
     update = local_update(learner, trained, client.examples, client.local, generator)
     return plan.clip(update[None], request.clip_norm, [UnitId(client.name)])
+
+
+def _scores(client: Client, learner: Learner) -> BoundedSum:
+    """Tally of the held-out examples; in the client unit, of their mean."""
+    plan, examples = client.plan, client.held_out
+    if plan.evaluation is None:
+        raise IncompatiblePlan(f"{client.name} agreed to a plan without evaluation; nothing was scored")
+    correct, losses = example_scores(learner, examples)
+    units = [UnitId(f"{client.name}/{unit}") for unit in examples.units]
+    if plan.unit is PrivacyUnit.CLIENT and units:
+        correct, losses, units = correct.mean()[None], losses.mean()[None], [UnitId(client.name)]
+    return plan.evaluation.tally(correct, losses, units)

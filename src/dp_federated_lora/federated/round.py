@@ -10,7 +10,7 @@ import torch
 
 from dp_federated_lora.aggregation import HEAD_ALONE, LinearMethod, ServerOptimizer
 from dp_federated_lora.federated.checkpoint import ServerState
-from dp_federated_lora.federated.client import Request
+from dp_federated_lora.federated.client import Purpose, Request
 from dp_federated_lora.lora import AdaptedModel
 from dp_federated_lora.privacy import BoundedSum, Ledger, Permit, PrivacyPlan, PrivacyUnit, SecureRandom
 from dp_federated_lora.vector import Layout
@@ -44,6 +44,7 @@ class RoundReport:
         clip_norm: bound of one unit's contribution; it follows from public facts and released values.
         bytes_per_client: adapter bytes to a client and back.
         public_metrics: quality on declared-public test data; empty in most rounds.
+        private_metrics: noised quality on participants' held-out data, charged; empty in most rounds.
     """
 
     round: int
@@ -55,6 +56,7 @@ class RoundReport:
     clip_norm: float
     bytes_per_client: int
     public_metrics: Mapping[str, float]
+    private_metrics: Mapping[str, float]
 
     def with_metrics(self, metrics: Mapping[str, float]) -> RoundReport:
         """The same report with public metrics."""
@@ -108,7 +110,7 @@ class Server:
         Raises:
             BudgetExhausted: if it does not fit the budget.
         """
-        return ledger.reserve(self.plan.event, round=state.round + 1, purpose="training", commitment=key.commitment)
+        return ledger.reserve(self.plan.event, round=state.round + 1, purpose=Purpose.TRAINING.value, commitment=key.commitment)
 
     def run_round(self, state: ServerState, permit: Permit, exchange: Exchange, key: SecureRandom) -> tuple[ServerState, float]:
         """Draw the cohort, collect, release, step.
@@ -123,7 +125,7 @@ class Server:
             cohort = plan.sampler.draw(len(everyone), key.derive("cohort")).tolist()
         else:
             cohort = list(everyone)  # each client samples its own examples
-        request = Request(number, plan.content_id, state.adapter, clip_norm)
+        request = Request(Purpose.TRAINING, number, plan.content_id, state.adapter, clip_norm)
         parts = exchange(request, cohort, key.derive("clients"))
         size, bound = layout.size + plan.extra_coordinates, plan.sensitivity(clip_norm)
         total = BoundedSum.merge(parts, size=size, clip_norm=bound)
@@ -140,7 +142,27 @@ class Server:
         following = ServerState(number, adapter, optimizer, plan.clip_norm_after(clip_norm, extra))
         return following, float(torch.linalg.vector_norm(mean))
 
-    def report(self, state: ServerState, ledger: Ledger, *, update_norm: float, clip_norm: float) -> RoundReport:
+    def evaluate(self, state: ServerState, ledger: Ledger, exchange: Exchange, key: SecureRandom) -> dict[str, float]:
+        """Noised scores of the adapter on participants' held-out data, charged like a round; empty where none is due.
+
+        Raises:
+            BudgetExhausted: if it does not fit the budget.
+        """
+        evaluation = self.plan.evaluation
+        if evaluation is None or not evaluation.due(state.round):
+            return {}
+        rng = key.derive(Purpose.EVALUATION.value)
+        permit = ledger.reserve(evaluation.event, round=state.round, purpose=Purpose.EVALUATION.value, commitment=rng.commitment)
+        request = Request(Purpose.EVALUATION, state.round, self.plan.content_id, state.adapter, state.clip_norm)
+        parts = exchange(request, range(len(exchange.names)), rng.derive("clients"))
+        total = BoundedSum.merge(parts, size=evaluation.SIZE, clip_norm=evaluation.BOUND)
+        released = evaluation.mechanism.release(total, charged=evaluation.event, permit=permit, rng=rng)
+        ledger.commit(permit.serial)
+        return evaluation.metrics(released.value)
+
+    def report(
+        self, state: ServerState, ledger: Ledger, *, update_norm: float, clip_norm: float, scores: Mapping[str, float]
+    ) -> RoundReport:
         """Public facts of the round that led to `state`, with what was released and the clip norm that it used."""
         spend = ledger.spent()
         return RoundReport(
@@ -153,4 +175,5 @@ class Server:
             clip_norm=clip_norm,
             bytes_per_client=self.bytes_per_client(state.round),
             public_metrics={},
+            private_metrics=scores,
         )

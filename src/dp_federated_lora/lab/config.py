@@ -142,6 +142,20 @@ class TrainingSection(_Section):
     batch_tokens: Count = 2048
 
 
+class EvaluationSection(_Section):
+    """[evaluation]: scores on participants' own data, as noisy sums charged to the budget of [privacy].
+
+    A share `holdout` of each participant's examples is never trained on; every `every` rounds it is scored. `epsilon` is what all
+    evaluations together cost by themselves; training gets the noise that keeps both within privacy.epsilon. Losses above
+    `loss_cap` (nats) count as that.
+    """
+
+    epsilon: Positive
+    every: Count
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    loss_cap: Positive = 4.0
+
+
 class RunSection(_Section):
     """[run]: where results go, public randomness, and how often public test data is scored.
 
@@ -167,6 +181,7 @@ class Config(_Section):
     privacy: PrivacySection
     method: MethodSection = MethodSection()
     training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection | None = None
     run: RunSection
 
     @model_validator(mode="after")
@@ -194,6 +209,11 @@ class Config(_Section):
             )
         if privacy.unit == "client" and privacy.population not in (None, self.federation.clients):
             problems.append('privacy.population: with unit = "client" it is federation.clients; leave it out')
+        if self.evaluation is not None:
+            if self.evaluation.epsilon >= privacy.epsilon:
+                problems.append("evaluation.epsilon: is a part of privacy.epsilon and must be smaller, or training has no budget")
+            if self.evaluation.every > privacy.rounds:
+                problems.append("evaluation.every: is larger than privacy.rounds, so nothing would ever be scored")
         if self.method.name in GATHERED:
             problems.append(
                 f"method.name: {self.method.name} {GATHERED[self.method.name]}, so its contribution is no sum and central noise "

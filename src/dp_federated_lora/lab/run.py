@@ -14,6 +14,7 @@ from typing import Any, Final, final
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import BudgetExhausted, CheckpointError, ConfigError, RunInterrupted
 from dp_federated_lora.federated import (
+    Purpose,
     RoundKeyFile,
     RoundReport,
     Server,
@@ -110,7 +111,8 @@ class _Run:
         self._run_id = hashlib.sha256(f"{config.content_id}{data_id(clients)}".encode()).hexdigest()
         self._simulator = Simulator(clients, self._bench.learner)
         self._probe = self._bench.test_examples(limit=config.run.evaluate_examples)
-        self._prepare([client.examples for client in clients] + ([] if self._probe is None else [self._probe]))
+        sets = [examples for client in clients for examples in (client.examples, client.held_out)]
+        self._prepare(sets if self._probe is None else [*sets, self._probe])
         self._server, self._state = Server.of(
             self._bench.model, self._plan, self._bench.method, server_optimizer(config), head_scale=head_scale(config)
         )
@@ -132,6 +134,7 @@ class _Run:
     def _recover(self) -> None:
         """Take up the last durable checkpoint, and publish it in the ledger if a crash came in between."""
         checkpoint, pending = self._directory.checkpoint, self._ledger.pending()
+        published = sum(row.kind == "commit" and row.facts["purpose"] == Purpose.TRAINING.value for row in self._ledger.rows())
         if checkpoint.exists():
             self._state, head = read_checkpoint(checkpoint, run_id=self._run_id)
             if not self._ledger.contains(head):
@@ -139,17 +142,18 @@ class _Run:
                     f"{self._directory.ledger} is older than the checkpoint: charges are missing from it. Restore the newest "
                     "ledger; a run never continues on a smaller spend"
                 )
-        elif self._ledger.spent().released:
+        elif published:
             raise CheckpointError(
                 f"{checkpoint} is missing but the ledger has published rounds: restore the state folder, or start a new run"
             )
-        if self._ledger.spent().released > self._state.round:
+        if published > self._state.round:
             raise CheckpointError(
-                f"{checkpoint} is of round {self._state.round}, the ledger has published {self._ledger.spent().released}: "
+                f"{checkpoint} is of round {self._state.round}, the ledger has published {published}: "
                 "restore the newest checkpoint; a published round is never released again"
             )
         if pending is not None and pending.round <= self._state.round:
-            self._ledger.commit(pending.serial)
+            if pending.facts["purpose"] == Purpose.TRAINING.value:  # an interrupted evaluation is lost; its charge stays
+                self._ledger.commit(pending.serial)
             self._keys.destroy()
         self._metrics.truncate_after(self._state.round)
         self._log.info("run opened", round=self._state.round, epsilon=self._ledger.spent().epsilon)
@@ -177,8 +181,9 @@ class _Run:
         self._state, update_norm = self._server.run_round(self._state, permit, self._simulator, key)
         write_checkpoint(self._directory.checkpoint, self._state, run_id=self._run_id, ledger_head=self._ledger.head)
         self._ledger.commit(permit.serial)
+        scores = self._server.evaluate(self._state, self._ledger, self._simulator, key)
         self._keys.destroy()
-        report = self._server.report(self._state, self._ledger, update_norm=update_norm, clip_norm=clip_norm)
+        report = self._server.report(self._state, self._ledger, update_norm=update_norm, clip_norm=clip_norm, scores=scores)
         if self._probe is not None and self._state.round % self._config.run.evaluate_every == 0:
             self._bench.model.load(self._state.adapter)
             report = report.with_metrics(evaluate_model(self._bench.learner, self._probe))
@@ -200,7 +205,7 @@ class _Run:
             "statement": statement_json(statement),
             "insecure_seed": config.run.insecure_seed,
             "charges": spend.charges,
-            "published_rounds": spend.released,
+            "published_rounds": self._state.round,
             "noise_multiplier": self._plan.mechanism.noise_multiplier,
             "sampling_rate": self._plan.sampler.sampling_rate,
             "clip_norm": self._plan.clip_norm,

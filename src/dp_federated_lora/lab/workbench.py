@@ -25,7 +25,14 @@ from dp_federated_lora.errors import ConfigError
 from dp_federated_lora.federated import Client
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lora import AdaptedModel, Task, adapt, load_backbone
-from dp_federated_lora.privacy import AdaptiveClip, Budget, PrivacyPlan, PrivacyUnit
+from dp_federated_lora.privacy import (
+    AdaptiveClip,
+    Budget,
+    PrivacyPlan,
+    PrivacyUnit,
+    PrivateEvaluation,
+    calibrate_noise_multiplier,
+)
 from dp_federated_lora.training import Learner, LocalSteps
 
 METHODS: Final = {method.name: method for method in (FFA, FEDAVG)}
@@ -42,7 +49,17 @@ def privacy_plan(config: Config) -> PrivacyPlan:
         rounds=privacy.rounds,
         clip_norm=privacy.clip_norm,
         adaptive_clip=_adaptive_clip(config),
+        evaluation=_private_evaluation(config),
     )
+
+
+def _private_evaluation(config: Config) -> PrivateEvaluation | None:
+    section, privacy = config.evaluation, config.privacy
+    if section is None:
+        return None
+    times = privacy.rounds // section.every
+    z = calibrate_noise_multiplier(epsilon=section.epsilon, delta=privacy.delta, sampling_rate=1.0, rounds=times)
+    return PrivateEvaluation(noise_multiplier=z, every=section.every, loss_cap=section.loss_cap)
 
 
 def _adaptive_clip(config: Config) -> AdaptiveClip | None:
@@ -180,16 +197,14 @@ class Workbench:
         else:
             parts = iid(len(table), federation.clients, self.config.run.seed)
         width = len(str(len(parts) - 1))
-        return [
-            Client(
-                name=f"client-{number:0{width}d}",
-                examples=self.tokenize(_rows(table, part)),
-                plan=plan,
-                method=self.method,
-                local=local_steps(self.config),
-            )
-            for number, part in enumerate(parts)
-        ]
+        clients = []
+        for number, part in enumerate(parts):
+            examples = self.tokenize(_rows(table, part))
+            evaluation = self.config.evaluation
+            rest, held_out = examples.split(0.0 if evaluation is None else evaluation.holdout, self.config.run.seed)
+            name, local = f"client-{number:0{width}d}", local_steps(self.config)
+            clients.append(Client(name=name, examples=rest, plan=plan, method=self.method, local=local, held_out=held_out))
+        return clients
 
     def test_examples(self, source: str | None = None, *, limit: int | None = None) -> Examples | None:
         """Declared-public test examples, the first `limit` of an even spread; None where none are configured."""
@@ -210,7 +225,8 @@ def data_id(clients: list[Client]) -> str:
     """
     total = hashlib.sha256()
     for client in clients:
-        total.update(repr((client.name, client.examples.tokens, client.examples.labels)).encode())
+        for examples in (client.examples, client.held_out):
+            total.update(repr((client.name, examples.tokens, examples.labels)).encode())
     return total.hexdigest()
 
 

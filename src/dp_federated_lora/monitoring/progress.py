@@ -72,7 +72,7 @@ class ProgressBoard:
         # a resumed run starts in the middle: its pace counts the rounds of this process only
         self._first_round = self._first_round or report.round
         self._phase = ""
-        self._metrics = report.public_metrics or self._metrics
+        self._metrics = report.public_metrics or report.private_metrics or self._metrics
         self._report = report
         tenths = 10 * report.round // report.rounds
         if self._console.is_terminal:

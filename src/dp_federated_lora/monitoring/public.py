@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 _INTEGERS: Final = frozenset({"round", "rounds", "bytes_per_client"})
 _NUMBERS: Final = frozenset({"epsilon", "delta", "update_norm", "noise_norm", "clip_norm"})
-_PUBLIC: Final = _INTEGERS | _NUMBERS | {"public_metrics"}
+_MAPPINGS: Final = frozenset({"public_metrics", "private_metrics"})
+_PUBLIC: Final = _INTEGERS | _NUMBERS | _MAPPINGS
 """The fields of a `RoundReport`, listed a second time on purpose.
 
 A field added to `RoundReport` reaches no file before somebody has decided here that it is public.
@@ -33,16 +34,17 @@ def public_fields(report: RoundReport) -> dict[str, Any]:
     if kind.__name__ != "RoundReport" or set(names) != _PUBLIC:
         raise TypeError(f"only a RoundReport with the fields {sorted(_PUBLIC)} is public, got a {kind.__name__}")
     fields: dict[str, Any] = {name: getattr(report, name) for name in names}
-    metrics = fields["public_metrics"]
-    if not isinstance(metrics, Mapping) or any(type(name) is not str for name in metrics):
-        raise TypeError("RoundReport field public_metrics must map names to numbers")
-    fields["public_metrics"] = dict(metrics)
     for name in _INTEGERS:
         _require(name, fields[name], int)
     for name in _NUMBERS:
         _require(name, fields[name], int, float)
-    for name, value in metrics.items():
-        _require(f"public_metrics[{name!r}]", value, int, float)
+    for mapping in _MAPPINGS:
+        metrics = fields[mapping]
+        if not isinstance(metrics, Mapping) or any(type(name) is not str for name in metrics):
+            raise TypeError(f"RoundReport field {mapping} must map names to numbers")
+        fields[mapping] = dict(metrics)
+        for name, value in metrics.items():
+            _require(f"{mapping}[{name!r}]", value, int, float)
     return fields
 
 
@@ -54,7 +56,7 @@ def public_line(report: RoundReport) -> bytes:
 
     """
     fields = public_fields(report)
-    row = _finite(fields) | {"public_metrics": _finite(fields["public_metrics"])}
+    row = _finite(fields) | {mapping: _finite(fields[mapping]) for mapping in sorted(_MAPPINGS)}
     return json.dumps(row, allow_nan=False).encode()
 
 
@@ -66,11 +68,11 @@ def parsed_line(line: bytes) -> dict[str, Any]:
 
     """
     row = json.loads(line)
-    if not isinstance(row, dict) or set(row) != _PUBLIC or not isinstance(row["public_metrics"], dict):
+    if not isinstance(row, dict) or set(row) != _PUBLIC or not all(isinstance(row[m], dict) for m in _MAPPINGS):
         raise ValueError("not the line of a round")
     if type(row["round"]) is not int:
         raise ValueError("a line without the number of its round")
-    for holder in (row, row["public_metrics"]):
+    for holder in (row, *(row[mapping] for mapping in _MAPPINGS)):
         holder.update({name: math.nan for name, value in holder.items() if value is None})
     return row
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from dp_federated_lora.monitoring.charts import Series, line_chart
@@ -27,6 +28,7 @@ TRAINED_SHARE: Final = "trained share"
 """The key of `facts` that the headline shows."""
 
 _UTILITY: Final = "Measured on test data declared public, in the rounds with an evaluation. It costs no privacy budget."
+_HELD_OUT: Final = "Measured on examples that participants never trained on, with noise that is charged to the same budget."
 _EPSILON: Final = (
     "Charged to the ledger before each release, with the pessimistic bound. "
     "A round that would cross the dashed line does not start."
@@ -157,12 +159,11 @@ def _meter(spent: float, budget: float) -> str:
 
 
 def _charts(reports: Sequence[RoundReport], budget: float, *, insecure: bool) -> str:
-    names = list(dict.fromkeys(name for report in reports for name in report.public_metrics))
-    shares = [name for name in names if is_share(name)]
-    # percentages share one chart; a perplexity beside them would flatten both
-    groups = [shares] if shares or not names else []
-    groups += [[name] for name in names if not is_share(name)]
-    charts = [_utility(f"utility-{i}", group, reports) for i, group in enumerate(groups)]
+    public = [(report.round, report.public_metrics) for report in reports]
+    private = [(report.round, report.private_metrics) for report in reports]
+    charts = _utility("utility", "public test data", _UTILITY, public, _end(reports))
+    if any(scores for _, scores in private):
+        charts += _utility("held-out", "participants' held-out data", _HELD_OUT, private, _end(reports))
     ends = sorted({reports[0].round, reports[-1].rounds}) if reports else []
     limit = [(x, budget) for x in ends] if math.isfinite(budget) else []
     charts.append(
@@ -200,24 +201,35 @@ def _charts(reports: Sequence[RoundReport], budget: float, *, insecure: bool) ->
     return "".join(charts)
 
 
-def _utility(key: str, names: Sequence[str], reports: Sequence[RoundReport]) -> str:
-    percent = all(is_share(name) for name in names)
-    return line_chart(
-        key=key,
-        title="Utility on public test data" if percent else f"{metric_label(names[0])} on public test data",
-        caption=_UTILITY,
-        series=[
-            Series(
-                label=metric_label(name),
-                style=f"s{slot % 3}",
-                points=[(r.round, r.public_metrics[name]) for r in reports if name in r.public_metrics],
+def _utility(key: str, source: str, caption: str, scores: Sequence[tuple[int, Mapping[str, float]]], end: int) -> list[str]:
+    """Charts of all scores of one source by round."""
+    names = list(dict.fromkeys(name for _, values in scores for name in values))
+    shares = [name for name in names if is_share(name)]
+    # percentages share one chart; a perplexity beside them would flatten both
+    groups = [shares] if shares or not names else []
+    groups += [[name] for name in names if not is_share(name)]
+    charts = []
+    for number, group in enumerate(groups):
+        percent = all(is_share(name) for name in group)
+        charts.append(
+            line_chart(
+                key=f"{key}-{number}",
+                title=f"{'Utility' if percent else metric_label(group[0])} on {source}",
+                caption=caption,
+                series=[
+                    Series(
+                        label=metric_label(name),
+                        style=f"s{slot % 3}",
+                        points=[(round_, values[name]) for round_, values in scores if name in values],
+                    )
+                    for slot, name in enumerate(group)
+                ],
+                x_end=end,
+                y_text=partial(metric_text, "accuracy" if percent else group[0]),
+                percent=percent,
             )
-            for slot, name in enumerate(names)
-        ],
-        x_end=_end(reports),
-        y_text=lambda value: metric_text("accuracy" if percent else names[0], value),
-        percent=percent,
-    )
+        )
+    return charts
 
 
 def _end(reports: Sequence[RoundReport]) -> int:

@@ -10,6 +10,7 @@ from dp_federated_lora.privacy.accounting import (
 )
 from dp_federated_lora.privacy.bounded import Bounded, BoundedSum, Released, UnitId
 from dp_federated_lora.privacy.clipping import AdaptiveClip, clip_examples, clip_to
+from dp_federated_lora.privacy.evaluation import PrivateEvaluation
 from dp_federated_lora.privacy.gradients import ExampleGradients
 from dp_federated_lora.privacy.ledger import Budget, Ledger, LedgerRow, Permit, Spend
 from dp_federated_lora.privacy.mechanisms import GaussianMechanism
@@ -34,6 +35,7 @@ __all__ = (
     "PoissonSampler",
     "PrivacyPlan",
     "PrivacyUnit",
+    "PrivateEvaluation",
     "Released",
     "SecureRandom",
     "Spend",

@@ -142,7 +142,9 @@ def epsilon_rdp(events: Iterable[tuple[DpEvent, int]], delta: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def calibrate_noise_multiplier(*, epsilon: float, delta: float, sampling_rate: float, rounds: int) -> float:
+def calibrate_noise_multiplier(
+    *, epsilon: float, delta: float, sampling_rate: float, rounds: int, beside: tuple[tuple[DpEvent, int], ...] = ()
+) -> float:
     """Least noise multiplier (relative tolerance 1e-4, from above) whose `rounds` rounds cost at most `epsilon`.
 
     Args:
@@ -150,6 +152,7 @@ def calibrate_noise_multiplier(*, epsilon: float, delta: float, sampling_rate: f
         delta: at which it holds.
         sampling_rate: q of Poisson sampling.
         rounds: number of releases.
+        beside: other events and how often they happen, within the same target.
 
     Raises:
         PrivacyError: if no noise multiplier up to 10,000 reaches the target.
@@ -157,7 +160,7 @@ def calibrate_noise_multiplier(*, epsilon: float, delta: float, sampling_rate: f
     target = epsilon * (1.0 - _SAFETY)
 
     def cost(z: float) -> float:
-        return _cost(sampling_rate, z, rounds, delta)
+        return _cost(sampling_rate, z, rounds, delta, beside)
 
     low, high = 0.5, 1.0
     while cost(high) > target:
@@ -165,7 +168,7 @@ def calibrate_noise_multiplier(*, epsilon: float, delta: float, sampling_rate: f
         if high > 1e4:
             raise PrivacyError(
                 f"no noise multiplier up to 10,000 gives epsilon {epsilon:g} over {rounds} rounds at sampling rate "
-                f"{sampling_rate:g}: raise epsilon, or lower rounds or sampling rate"
+                f"{sampling_rate:g}{' beside the evaluations' if beside else ''}: raise epsilon, or lower rounds or sampling rate"
             )
     while cost(low) <= target:
         low, high = low / 2.0, low
@@ -194,9 +197,11 @@ def calibrate_sampling_rate(*, epsilon: float, delta: float, noise_multiplier: f
     return float(q)
 
 
-def _cost(rate: float, z: float, rounds: int, delta: float) -> float:
-    """Epsilon of `rounds` Poisson-sampled Gaussians."""
+def _cost(rate: float, z: float, rounds: int, delta: float, beside: tuple[tuple[DpEvent, int], ...] = ()) -> float:
+    """Epsilon of `rounds` Poisson-sampled Gaussians and what happens beside them."""
     gaussian = GaussianDpEvent(z)
     composition = Composition()
     composition.add(gaussian if rate == 1.0 else PoissonSampledDpEvent(rate, gaussian), rounds)
+    for event, count in beside:
+        composition.add(event, count)
     return composition.epsilon(delta)

@@ -16,6 +16,7 @@ from dp_federated_lora.errors import IncompatiblePlan
 from dp_federated_lora.privacy.accounting import Composition, DpEvent, calibrate_noise_multiplier
 from dp_federated_lora.privacy.bounded import BoundedSum, UnitId
 from dp_federated_lora.privacy.clipping import AdaptiveClip, clip_examples
+from dp_federated_lora.privacy.evaluation import PrivateEvaluation
 from dp_federated_lora.privacy.ledger import Budget
 from dp_federated_lora.privacy.mechanisms import GaussianMechanism
 from dp_federated_lora.privacy.sampling import PoissonSampler
@@ -73,6 +74,7 @@ class PrivacyPlan:
         divisor: public constant by which the noised sum is divided: sampling rate x declared population.
         budget: the ceiling that the ledger enforces.
         adaptive_clip: how the clip norm follows the data, inside what a round costs; None keeps it.
+        evaluation: scores on held-out private data, charged to the same budget; None for none.
 
     Raises:
         IncompatiblePlan: if a field is out of range or the rounds cannot fit the budget.
@@ -87,6 +89,7 @@ class PrivacyPlan:
     divisor: float
     budget: Budget
     adaptive_clip: AdaptiveClip | None = None
+    evaluation: PrivateEvaluation | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -113,6 +116,7 @@ class PrivacyPlan:
         rounds: int,
         clip_norm: float,
         adaptive_clip: AdaptiveClip | None = None,
+        evaluation: PrivateEvaluation | None = None,
     ) -> Self:
         """The plan with the least noise that keeps `rounds` rounds within `budget`.
 
@@ -124,10 +128,17 @@ class PrivacyPlan:
             rounds: T.
             clip_norm: C.
             adaptive_clip: how C follows the data.
+            evaluation: scores on held-out data; training gets the noise that leaves room for them.
         """
         if population < 1:
             raise IncompatiblePlan(f"population is a positive public number of units, got {population}")
-        z = calibrate_noise_multiplier(epsilon=budget.epsilon, delta=budget.delta, sampling_rate=sampling_rate, rounds=rounds)
+        z = calibrate_noise_multiplier(
+            epsilon=budget.epsilon,
+            delta=budget.delta,
+            sampling_rate=sampling_rate,
+            rounds=rounds,
+            beside=() if evaluation is None else ((evaluation.event, rounds // evaluation.every),),
+        )
         return cls(
             unit=unit,
             trust=Trust.CENTRAL,
@@ -138,11 +149,12 @@ class PrivacyPlan:
             divisor=sampling_rate * population,
             budget=budget,
             adaptive_clip=adaptive_clip,
+            evaluation=evaluation,
         )
 
     @property
     def event(self) -> DpEvent:
-        """What one round costs; known before any data is touched."""
+        """What training costs in one round; known before any data is touched."""
         return self.sampler.amplify(self.mechanism.event)
 
     @property
@@ -152,9 +164,11 @@ class PrivacyPlan:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def epsilon_after(self, rounds: int) -> float:
-        """Pessimistic epsilon of `rounds` rounds at the budget's delta."""
+        """Pessimistic epsilon of `rounds` rounds and their evaluations at the budget's delta."""
         composition = Composition()
         composition.add(self.event, rounds)
+        if self.evaluation is not None and rounds >= self.evaluation.every:
+            composition.add(self.evaluation.event, rounds // self.evaluation.every)
         return composition.epsilon(self.budget.delta)
 
     @property

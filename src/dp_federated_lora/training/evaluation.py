@@ -36,6 +36,21 @@ def evaluate_model(learner: Learner, examples: Examples) -> dict[str, float]:
     return {"accuracy": float((predicted == labels).double().mean()), "macro_f1": macro_f1(labels, predicted)}
 
 
+@torch.no_grad()
+def example_scores(learner: Learner, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
+    """Share of right predictions and loss of each example, both `(n,)`: of its label, or averaged over its tokens."""
+    correct, losses = torch.zeros(len(examples)), torch.zeros(len(examples))
+    for batch in learner.batches(examples, range(len(examples))):
+        logits, ids, mask = learner.logits(examples, batch)
+        losses[batch] = learner.losses(examples, batch)
+        if examples.labels is not None:
+            correct[batch] = (logits.argmax(dim=1) == torch.tensor([examples.labels[i] for i in batch])).float()
+        else:
+            right = (logits[:, :-1].argmax(dim=2) == ids[:, 1:]) * mask[:, 1:]
+            correct[batch] = right.sum(dim=1) / mask[:, 1:].sum(dim=1)
+    return correct, losses
+
+
 def macro_f1(labels: torch.Tensor, predicted: torch.Tensor) -> float:
     """Mean over occurring classes of F1 = 2 TP / (2 TP + FP + FN), labels and predictions `(n,)`."""
     classes = torch.unique(torch.cat([labels, predicted]))
