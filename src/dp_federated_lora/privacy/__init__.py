@@ -10,6 +10,13 @@ from dp_federated_lora.privacy.accounting import (
 )
 from dp_federated_lora.privacy.bounded import Bounded, BoundedSum, Released, UnitId
 from dp_federated_lora.privacy.clipping import AdaptiveClip, clip_examples, clip_to
+from dp_federated_lora.privacy.distributed import (
+    DiscreteGaussian,
+    DistributedMechanism,
+    SecureSum,
+    Skellam,
+    calibrate_secure_sum,
+)
 from dp_federated_lora.privacy.evaluation import PrivateEvaluation
 from dp_federated_lora.privacy.gradients import ExampleGradients
 from dp_federated_lora.privacy.ledger import Budget, Ledger, LedgerRow, Permit, Spend
@@ -25,6 +32,8 @@ __all__ = (
     "BoundedSum",
     "Budget",
     "Composition",
+    "DiscreteGaussian",
+    "DistributedMechanism",
     "DpEvent",
     "ExampleGradients",
     "GaussianMechanism",
@@ -38,12 +47,15 @@ __all__ = (
     "PrivateEvaluation",
     "Released",
     "SecureRandom",
+    "SecureSum",
+    "Skellam",
     "Spend",
     "StatementRow",
     "Tier",
     "Trust",
     "UnitId",
     "calibrate_noise_multiplier",
+    "calibrate_secure_sum",
     "clip_examples",
     "clip_to",
     "epsilon_rdp",
