@@ -10,23 +10,30 @@ from dp_federated_lora.privacy.accounting import (
 )
 from dp_federated_lora.privacy.bounded import Bounded, BoundedSum, Released, UnitId
 from dp_federated_lora.privacy.clipping import clip_examples, clip_to
+from dp_federated_lora.privacy.correlated import BandedGaussian, NoiseState, inverse, sensitivity
 from dp_federated_lora.privacy.gradients import ExampleGradients
 from dp_federated_lora.privacy.ledger import Budget, Ledger, LedgerRow, Permit, Spend
 from dp_federated_lora.privacy.mechanisms import GaussianMechanism
+from dp_federated_lora.privacy.participation import Participation
 from dp_federated_lora.privacy.plan import PrivacyPlan, PrivacyUnit, StatementRow, Trust, state_privacy
 from dp_federated_lora.privacy.rng import SecureRandom
-from dp_federated_lora.privacy.sampling import PoissonSampler
+from dp_federated_lora.privacy.sampling import CyclicPoissonSampler, FixedSizeSampler, PoissonSampler, TruncatedPoissonSampler
 
 __all__ = (
+    "BandedGaussian",
     "Bounded",
     "BoundedSum",
     "Budget",
     "Composition",
+    "CyclicPoissonSampler",
     "DpEvent",
     "ExampleGradients",
+    "FixedSizeSampler",
     "GaussianMechanism",
     "Ledger",
     "LedgerRow",
+    "NoiseState",
+    "Participation",
     "Permit",
     "PoissonSampler",
     "PrivacyPlan",
@@ -35,6 +42,7 @@ __all__ = (
     "SecureRandom",
     "Spend",
     "StatementRow",
+    "TruncatedPoissonSampler",
     "Trust",
     "UnitId",
     "calibrate_noise_multiplier",
@@ -43,5 +51,7 @@ __all__ = (
     "epsilon_rdp",
     "event_from_json",
     "event_to_json",
+    "inverse",
+    "sensitivity",
     "state_privacy",
 )
