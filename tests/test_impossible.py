@@ -108,7 +108,7 @@ IMPOSSIBLE: dict[str, tuple[type[Exception], Callable[[Bench], object]]] = {
     "account for a sampler that is not there": (
         UnsupportedEvent,
         lambda b: Composition().add(
-            dp_accounting.SampledWithoutReplacementDpEvent(100, 10, dp_accounting.GaussianDpEvent(1.0)),  # type: ignore[arg-type]
+            dp_accounting.SampledWithReplacementDpEvent(100, 10, dp_accounting.GaussianDpEvent(1.0)),  # type: ignore[arg-type]
         ),
     ),
     "code in a ledger or message": (PrivacyError, lambda b: event_from_json({"kind": "os.system", "noise_multiplier": 1.0})),

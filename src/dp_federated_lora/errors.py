@@ -68,6 +68,10 @@ class DuplicateContribution(PrivacyError):
     """One privacy unit appears twice in one sum."""
 
 
+class ParticipationExceeded(PrivacyError):
+    """A unit would take part sooner or more often than the noise was calibrated for."""
+
+
 class InsecureRandomness(PrivacyError):
     """A seeded generator was used where only operating-system entropy is allowed."""
 

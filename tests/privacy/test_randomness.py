@@ -57,6 +57,35 @@ def test_rounded_gaussian_has_exactly_the_cell_probabilities_of_a_rounded_normal
     assert stats.chisquare(observed, expected).pvalue > ALPHA
 
 
+def test_an_offset_shifts_the_deviate_before_it_is_rounded():
+    n, sigma = 200_000, 1.3
+    offsets = np.tile([-0.5, 0.25], n // 2)
+    draws = SecureRandom.from_os().rounded_gaussian(sigma, n, offset=offsets)
+    cells = np.arange(-4, 5)
+    for offset in (-0.5, 0.25):
+        drawn = draws[offsets == offset]
+        expected = np.diff(stats.norm.cdf((np.append(cells, 5) - 0.5 - offset) / sigma))
+        observed = np.array([(drawn == cell).sum() for cell in cells])
+        expected, observed = (
+            np.append(expected, 1 - expected.sum()) * len(drawn),
+            np.append(observed, len(drawn) - observed.sum()),
+        )
+        assert stats.chisquare(observed, expected).pvalue > ALPHA
+
+
+@given(st.integers(0, 10_000), st.floats(-0.5, 0.5))
+@settings(deadline=None, max_examples=25)
+def test_the_same_stream_with_an_offset_moves_every_draw_by_one_cell_at_most(seed: int, offset: float):
+    plain, moved = (SecureRandom.insecure_from(seed).rounded_gaussian(50.0, 200, offset=o) for o in (0.0, offset))
+    assert set(np.unique((moved - plain) * (1 if offset >= 0 else -1))) <= {0, 1}
+
+
+def test_offsets_beyond_half_a_cell_are_refused():
+    for offset in (0.6, float("nan"), np.array([0.0, -0.51])):
+        with pytest.raises(PrivacyError, match="half a lattice unit"):
+            SecureRandom.insecure_from(0).rounded_gaussian(1.0, 2, offset=offset)
+
+
 def test_rounded_gaussian_of_a_fine_lattice_is_normal():
     draws = SecureRandom.from_os().rounded_gaussian(2.0**22, 100_000) / 2.0**22
     assert stats.kstest(draws, "norm").pvalue > ALPHA
@@ -72,6 +101,9 @@ def test_draws_close_to_a_cell_boundary_are_decided_in_multiple_precision():
         magnitude = int(mpmath.floor(mpmath.ldexp(tail, 64)))
     assert rng._decide(magnitude - 2, 1000.0) == 8
     assert rng._decide(magnitude + 2, 1000.0) == 7
+    assert rng._decide(magnitude - 2, 1000.0, -1) == -8
+    assert rng._decide(magnitude + 2, 1000.0, -1, 0.25) == -7
+    assert rng._decide(magnitude - 2, 1000.0, 1, 0.5) == rng._decide(magnitude + 2, 1000.0, 1, 0.5) == 8
 
 
 def test_the_inverse_normal_is_far_more_accurate_than_the_margin_assumes():

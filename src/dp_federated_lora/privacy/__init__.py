@@ -10,6 +10,7 @@ from dp_federated_lora.privacy.accounting import (
 )
 from dp_federated_lora.privacy.bounded import Bounded, BoundedSum, Released, UnitId
 from dp_federated_lora.privacy.clipping import AdaptiveClip, clip_examples, clip_to
+from dp_federated_lora.privacy.correlated import BandedGaussian, NoiseState, inverse, sensitivity
 from dp_federated_lora.privacy.distributed import (
     DiscreteGaussian,
     DistributedMechanism,
@@ -21,24 +22,30 @@ from dp_federated_lora.privacy.evaluation import PrivateEvaluation
 from dp_federated_lora.privacy.gradients import ExampleGradients
 from dp_federated_lora.privacy.ledger import Budget, Ledger, LedgerRow, Permit, Spend
 from dp_federated_lora.privacy.mechanisms import GaussianMechanism
+from dp_federated_lora.privacy.participation import Participation
 from dp_federated_lora.privacy.personal import Personalisation, Tier, personal_tiers
 from dp_federated_lora.privacy.plan import PrivacyPlan, PrivacyUnit, StatementRow, Trust, state_privacy
 from dp_federated_lora.privacy.rng import SecureRandom
-from dp_federated_lora.privacy.sampling import PoissonSampler
+from dp_federated_lora.privacy.sampling import CyclicPoissonSampler, FixedSizeSampler, PoissonSampler, TruncatedPoissonSampler
 
 __all__ = (
     "AdaptiveClip",
+    "BandedGaussian",
     "Bounded",
     "BoundedSum",
     "Budget",
     "Composition",
+    "CyclicPoissonSampler",
     "DiscreteGaussian",
     "DistributedMechanism",
     "DpEvent",
     "ExampleGradients",
+    "FixedSizeSampler",
     "GaussianMechanism",
     "Ledger",
     "LedgerRow",
+    "NoiseState",
+    "Participation",
     "Permit",
     "Personalisation",
     "PoissonSampler",
@@ -52,6 +59,7 @@ __all__ = (
     "Spend",
     "StatementRow",
     "Tier",
+    "TruncatedPoissonSampler",
     "Trust",
     "UnitId",
     "calibrate_noise_multiplier",
@@ -61,6 +69,8 @@ __all__ = (
     "epsilon_rdp",
     "event_from_json",
     "event_to_json",
+    "inverse",
     "personal_tiers",
+    "sensitivity",
     "state_privacy",
 )

@@ -1,17 +1,28 @@
 """What a sequence of events costs: pessimistic PLD composition, a second accountant, and calibration.
 
-Everything here is for the add-or-remove-one relation. dp-accounting's accountants disagree about replace-one
-(RDP keeps the sensitivity, PLD doubles it), so that relation is not offered.
+Everything is for the add-or-remove-one relation, with which zero-out composes: for these events both have the same PLD.
+The exception is a cohort of fixed size: only a Renyi bound for replace-one is known for it, so it composes with nothing
+else. dp-accounting's accountants disagree about the sensitivity of replace-one (RDP keeps it, PLD doubles it); here the
+event of the sampler has it doubled.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, Final, final
 
-from dp_accounting import DpEvent, GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+from dp_accounting import (
+    DpEvent,
+    GaussianDpEvent,
+    NeighboringRelation,
+    NoOpDpEvent,
+    PoissonSampledDpEvent,
+    SampledWithoutReplacementDpEvent,
+    SelfComposedDpEvent,
+    TruncatedSubsampledGaussianDpEvent,
+)
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq
@@ -32,22 +43,42 @@ __all__ = (
 _INTERVAL: Final = 1e-3
 # Calibration aims this much below the target: composing round by round and in one go differ by FFT rounding.
 _SAFETY: Final = 1e-5
+# Renyi orders for cohorts of fixed size: any set gives a bound, and more of them than these only take time.
+_ORDERS: Final = (*(1.0 + x / 10.0 for x in range(1, 10)), *range(2, 64))
+
+
+# The closed table: names of JSON objects, and their keys in the order of the event's own fields.
+_TABLE: Final[Mapping[str, tuple[Any, tuple[str, ...]]]] = {
+    "none": (NoOpDpEvent, ()),
+    "gaussian": (GaussianDpEvent, ("noise_multiplier",)),
+    "poisson": (PoissonSampledDpEvent, ("sampling_rate", "of")),
+    "truncated_poisson": (TruncatedSubsampledGaussianDpEvent, ("population", "sampling_rate", "cap", "noise_multiplier")),
+    "fixed_size": (SampledWithoutReplacementDpEvent, ("population", "cohort", "of")),
+    "repeated": (SelfComposedDpEvent, ("of", "count")),
+}
 
 
 def gaussian_parts(event: DpEvent) -> tuple[float, float]:
-    """Sampling probability and noise multiplier of a supported event; the closed table of this accountant.
+    """Sampling probability and noise multiplier, on a clipped sum, of an event that is one Gaussian release.
 
     Raises:
         UnsupportedEvent: for any other event or impossible parameters.
     """
-    rate, inner = 1.0, event
-    if isinstance(event, PoissonSampledDpEvent):
-        rate, inner = event.sampling_probability, event.event
-    if not isinstance(inner, GaussianDpEvent):
-        raise UnsupportedEvent(f"{event} is not an event this accountant knows; nothing was charged")
-    z = inner.noise_multiplier
+    rate, z = 1.0, math.nan
+    match event:
+        case GaussianDpEvent():
+            z = event.noise_multiplier
+        case PoissonSampledDpEvent(event=GaussianDpEvent()):
+            rate, z = event.sampling_probability, event.event.noise_multiplier
+        case SampledWithoutReplacementDpEvent(event=GaussianDpEvent()) if event.source_dataset_size > 0:
+            rate, z = event.sample_size / event.source_dataset_size, 2.0 * event.event.noise_multiplier
+        case TruncatedSubsampledGaussianDpEvent() if 1 <= event.truncated_batch_size <= event.dataset_size:
+            rate, z = event.sampling_probability, event.noise_multiplier
     if not (0.0 < rate <= 1.0 and math.isfinite(z) and z > 0.0):
-        raise UnsupportedEvent(f"{event} has impossible parameters: 0 < q <= 1 and a positive, finite noise multiplier")
+        raise UnsupportedEvent(
+            f"{event} is not an event this accountant knows, or not one with 0 < q <= 1 and a positive, finite noise multiplier; "
+            "nothing was charged"
+        )
     return float(rate), float(z)
 
 
@@ -57,23 +88,12 @@ def event_to_json(event: DpEvent) -> dict[str, Any]:
     Raises:
         UnsupportedEvent: if the event is not in the closed table.
     """
-    rate, z = gaussian_parts(event)
-    gaussian = {"event": "gaussian", "noise_multiplier": z}
-    return gaussian if rate == 1.0 else {"event": "poisson", "sampling_rate": rate, "of": gaussian}
-
-
-def _gaussian_from(data: Mapping[str, Any]) -> DpEvent:
-    return GaussianDpEvent(float(data["noise_multiplier"]))
-
-
-def _poisson_from(data: Mapping[str, Any]) -> DpEvent:
-    return PoissonSampledDpEvent(float(data["sampling_rate"]), _gaussian_from(data["of"]))
-
-
-_READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], DpEvent]]] = {
-    "gaussian": _gaussian_from,
-    "poisson": _poisson_from,
-}
+    once = event.event if isinstance(event, SelfComposedDpEvent) and event.count >= 1 else event
+    if not isinstance(once, NoOpDpEvent):
+        gaussian_parts(once)
+    name, keys = next((name, keys) for name, (kind, keys) in _TABLE.items() if isinstance(event, kind))
+    values = (getattr(event, attribute) for attribute in event.__match_args__)
+    return {"event": name, **{k: event_to_json(v) if isinstance(v, DpEvent) else v for k, v in zip(keys, values, strict=True)}}
 
 
 def event_from_json(data: Any) -> DpEvent:
@@ -83,15 +103,21 @@ def event_from_json(data: Any) -> DpEvent:
         UnsupportedEvent: if it is malformed or not in the closed table.
     """
     try:
-        event = _READERS[data["event"]](data)
+        kind, keys = _TABLE[data["event"]]
+        event = kind(*(event_from_json(data[key]) if key == "of" else data[key] for key in keys))
+        event_to_json(event)
     except (KeyError, TypeError, ValueError) as error:
         raise UnsupportedEvent(f"{data!r} is not a privacy event this version can read") from error
-    gaussian_parts(event)
     return event
 
 
 @lru_cache(maxsize=64)
-def _pld(rate: float, z: float) -> Any:
+def _pld(event: DpEvent) -> Any:
+    rate, z = gaussian_parts(event)
+    if isinstance(event, TruncatedSubsampledGaussianDpEvent):  # arXiv 2508.15089
+        return privacy_loss_distribution.from_truncated_subsampled_gaussian_mechanism(
+            event.dataset_size, rate, event.truncated_batch_size, z, value_discretization_interval=_INTERVAL
+        )
     return privacy_loss_distribution.from_gaussian_mechanism(
         z, sampling_prob=rate, value_discretization_interval=_INTERVAL, pessimistic_estimate=True
     )
@@ -107,36 +133,62 @@ class Composition:
 
     def __init__(self) -> None:
         self._pld: Any = None
+        self._fixed_size: Mapping[DpEvent, int] = {}
 
     def add(self, event: DpEvent, count: int = 1) -> None:
         """Compose `count` more executions of `event`.
 
         Raises:
-            UnsupportedEvent: if the event is not in the closed table.
+            UnsupportedEvent: if the event is not in the closed table, or of another neighbouring relation than those before.
         """
+        if isinstance(event, SelfComposedDpEvent):
+            event, count = event.event, count * event.count
         if count < 1:
             raise PrivacyError(f"an event happens at least once, got {count}")
-        part = _pld(*gaussian_parts(event))
+        if isinstance(event, NoOpDpEvent):
+            return
+        gaussian_parts(event)
+        fixed_size_cohort = isinstance(event, SampledWithoutReplacementDpEvent)
+        if self._pld is not None if fixed_size_cohort else self._fixed_size:
+            raise UnsupportedEvent(
+                f"{event} cannot be composed with what was charged before: cohorts of fixed size are accounted for under "
+                "replace-one, everything else under add-or-remove-one; nothing was charged"
+            )
+        if fixed_size_cohort:
+            self._fixed_size = {**self._fixed_size, event: self._fixed_size.get(event, 0) + count}
+            return
+        part = _pld(event)
         part = part.self_compose(count) if count > 1 else part
         self._pld = part if self._pld is None else self._pld.compose(part)
 
     def with_event(self, event: DpEvent) -> Composition:
         """A copy with one more execution of `event`; this one stays as it is."""
         extended = Composition()
-        extended._pld = self._pld
+        extended._pld, extended._fixed_size = self._pld, self._fixed_size
         extended.add(event)
         return extended
 
     def epsilon(self, delta: float) -> float:
         """Smallest epsilon that the bound shows at `delta`; 0 for no event, infinity where none is shown."""
+        if self._fixed_size:
+            return epsilon_rdp(self._fixed_size.items(), delta)
         return 0.0 if self._pld is None else float(self._pld.get_epsilon_for_delta(delta))
 
 
 def epsilon_rdp(events: Iterable[tuple[DpEvent, int]], delta: float) -> float:
-    """Epsilon by Renyi DP (Mironov 2017), the second opinion: never below what the PLD shows."""
-    accountant = RdpAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
-    for event, count in events:
-        gaussian_parts(event)
+    """Epsilon by Renyi DP (Mironov 2017), the second opinion: never below what the PLD shows.
+
+    Raises:
+        UnsupportedEvent: if an event has no Renyi bound, or events are of different neighbouring relations.
+    """
+    pairs = list(events)
+    replace_one = any(isinstance(event, SampledWithoutReplacementDpEvent) for event, _ in pairs)
+    relation = NeighboringRelation.REPLACE_ONE if replace_one else NeighboringRelation.ADD_OR_REMOVE_ONE
+    accountant = RdpAccountant(_ORDERS if replace_one else None, relation)
+    for event, count in pairs:
+        event_to_json(event)
+        if isinstance(event, SampledWithoutReplacementDpEvent) != replace_one or not accountant.supports(event):
+            raise UnsupportedEvent(f"{event} has no Renyi bound here under {relation.name}")
         accountant.compose(event, count)
     return float(accountant.get_epsilon(delta))
 

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn, Self, final
 
+from dp_accounting import NoOpDpEvent
 from sqlalchemy import (
     Column,
     Connection,
@@ -285,6 +286,11 @@ class Ledger:
             earlier = self._same_round(round, purpose)
             if earlier is not None and earlier.body == _canonical(body):
                 return Permit(_SEAL, earlier.serial, round, charged, commitment)
+            if earlier is not None and isinstance(charged, NoOpDpEvent):
+                raise PrivacyError(
+                    f"round {round} was begun under another key and its release may be known: to repeat it, charge the whole run "
+                    "again; nothing was charged"
+                )
             if any(row.kind == "reserve" and row.facts["commitment"] == commitment for row in self._rows):
                 raise PrivacyError(f"the key of round {round} was used before: its noise would repeat; nothing was charged")
             after = self._composition.with_event(charged)

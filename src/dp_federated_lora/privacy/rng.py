@@ -93,8 +93,8 @@ class SecureRandom:
             return np.ones(n, dtype=np.bool_)
         return self.uint64(n) < np.uint64(math.floor(math.ldexp(p, 64)))
 
-    def rounded_gaussian(self, sigma: float, n: int) -> NDArray[np.int64]:
-        r"""Exact draws `(n,)` int64 of round(N(0, sigma^2)), P(k) = Phi((k+1/2)/sigma) - Phi((k-1/2)/sigma).
+    def rounded_gaussian(self, sigma: float, n: int, *, offset: NDArray[np.float64] | float = 0.0) -> NDArray[np.int64]:
+        r"""Exact draws `(n,)` int64 of round(offset + N(0, sigma^2)); P(k) = Phi((k+1/2)/sigma) - Phi((k-1/2)/sigma) at 0.
 
         A uniform of 64 bits is mapped through the inverse normal distribution; where those bits or float64 do not
         settle the integer, further bits and multiple precision do, so the result is the rounding of a true
@@ -103,40 +103,42 @@ class SecureRandom:
         Args:
             sigma: standard deviation in lattice units, in (0, 2^40].
             n: number of draws.
+            offset: in [-1/2, 1/2], one for all draws or `(n,)`; taken as exact.
 
         Raises:
-            PrivacyError: if sigma is not in that range.
+            PrivacyError: if sigma or an offset is not in that range.
         """
         if not 0.0 < sigma <= 2.0**40:
             raise PrivacyError(f"noise scale must lie in (0, 2^40] lattice units, got {sigma}")
+        offsets = np.broadcast_to(np.asarray(offset, dtype=np.float64), (n,))
+        if not (np.abs(offsets) <= 0.5).all():
+            raise PrivacyError("an offset lies within half a lattice unit; add whole units to the draw instead")
         result = np.empty(n, dtype=np.int64)
         for start in range(0, n, _BLOCK):
-            self._fill_rounded_gaussian(sigma, result[start : start + _BLOCK])
+            self._fill_rounded_gaussian(sigma, offsets[start : start + _BLOCK], result[start : start + _BLOCK])
         return result
 
-    def _fill_rounded_gaussian(self, sigma: float, result: NDArray[np.int64]) -> None:
+    def _fill_rounded_gaussian(self, sigma: float, offsets: NDArray[np.float64], result: NDArray[np.int64]) -> None:
         bits = self.uint64(len(result)).view(np.int64)
+        sign = bits >> 63 | 1  # -1 or 1
         magnitude = bits & (2**63 - 1)
         tail = (magnitude + 0.5) * 2.0**-64  # in (0, 1/2]: mass beyond the deviate
-        scaled: NDArray[np.float64] = ndtri(tail) * -sigma
+        scaled: NDArray[np.float64] = ndtri(tail) * -sigma * sign + offsets
         rounded = np.rint(scaled)
         undecided = (tail < _TAIL) | (np.abs(scaled - rounded) > 0.5 - 1e-9 - _MARGIN * sigma)
         result[:] = rounded
         for index in np.flatnonzero(undecided):
-            result[index] = self._decide(int(magnitude[index]), sigma)
-        sign = bits >> 63  # 0 or -1
-        result ^= sign
-        result -= sign
+            result[index] = self._decide(int(magnitude[index]), sigma, int(sign[index]), float(offsets[index]))
 
-    def _decide(self, magnitude: int, sigma: float) -> int:
-        """The cell of the deviate with upper-tail mass in [magnitude, magnitude + 1) 2^-64, refined as needed."""
+    def _decide(self, magnitude: int, sigma: float, sign: int = 1, offset: float = 0.0) -> int:
+        """The cell of the deviate with tail mass in [magnitude, magnitude + 1) 2^-64 on the side of `sign`, refined as needed."""
         bits = 64
         while True:
             magnitude = (magnitude << 64) | int(self.uint64(1)[0])
             bits += 64
             with mpmath.workprec(2 * bits):
                 low, high = (
-                    sigma * mpmath.sqrt(2) * mpmath.erfinv(1 - mpmath.ldexp(m, 1 - bits)) if m else mpmath.inf
+                    offset + sign * sigma * mpmath.sqrt(2) * mpmath.erfinv(1 - mpmath.ldexp(m, 1 - bits)) if m else mpmath.inf
                     for m in (magnitude + 1, magnitude)
                 )
                 if high != mpmath.inf and mpmath.nint(low) == mpmath.nint(high):
