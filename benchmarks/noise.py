@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dp_federated_lora.privacy import SecureRandom
-from dp_federated_lora.privacy.integer_noise import discrete_gaussian, draw, skellam
+from dp_federated_lora.secagg.integer_noise import discrete_gaussian, draw, skellam
 
 SAMPLES = 2**20
 REPETITIONS = 15

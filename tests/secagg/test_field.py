@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard as hadamard_matrix
 
 from dp_federated_lora.errors import InsecureRandomness, PrivacyError
-from dp_federated_lora.privacy import DiscreteGaussian, SecureRandom, SecureSum, Skellam
-from dp_federated_lora.secagg import Field
+from dp_federated_lora.privacy import SecureRandom
+from dp_federated_lora.secagg import DiscreteGaussian, Field, SecureSum, Skellam
 from dp_federated_lora.secagg.field import hadamard, roundings
 
 SEED = bytes(range(32))

@@ -11,13 +11,6 @@ from dp_federated_lora.privacy.accounting import (
 from dp_federated_lora.privacy.bounded import Bounded, BoundedSum, Released, UnitId
 from dp_federated_lora.privacy.clipping import AdaptiveClip, clip_examples, clip_to
 from dp_federated_lora.privacy.correlated import BandedGaussian, NoiseState, inverse, sensitivity
-from dp_federated_lora.privacy.distributed import (
-    DiscreteGaussian,
-    DistributedMechanism,
-    SecureSum,
-    Skellam,
-    calibrate_secure_sum,
-)
 from dp_federated_lora.privacy.evaluation import PrivateEvaluation
 from dp_federated_lora.privacy.gradients import ExampleGradients
 from dp_federated_lora.privacy.ledger import Budget, Ledger, LedgerRow, Permit, Spend
@@ -36,8 +29,6 @@ __all__ = (
     "Budget",
     "Composition",
     "CyclicPoissonSampler",
-    "DiscreteGaussian",
-    "DistributedMechanism",
     "DpEvent",
     "ExampleGradients",
     "FixedSizeSampler",
@@ -54,8 +45,6 @@ __all__ = (
     "PrivateEvaluation",
     "Released",
     "SecureRandom",
-    "SecureSum",
-    "Skellam",
     "Spend",
     "StatementRow",
     "Tier",
@@ -63,7 +52,6 @@ __all__ = (
     "Trust",
     "UnitId",
     "calibrate_noise_multiplier",
-    "calibrate_secure_sum",
     "clip_examples",
     "clip_to",
     "epsilon_rdp",

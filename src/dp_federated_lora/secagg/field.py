@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dp_federated_lora.errors import PrivacyError
-from dp_federated_lora.privacy import DistributedMechanism, SecureRandom
+from dp_federated_lora.privacy import SecureRandom
+from dp_federated_lora.secagg.mechanisms import DistributedMechanism
 
 # A redraw fails with probability exp(-1/2) at most, so the last resort is reached once in 10^17 contributions.
 _REDRAWS: Final = 80

@@ -24,8 +24,8 @@ from scipy.special import gammaln, logsumexp, ndtri
 from torch import Tensor
 
 from dp_federated_lora.errors import IncompatiblePlan, PrivacyError
-from dp_federated_lora.privacy.integer_noise import Law, discrete_gaussian, draw, skellam
-from dp_federated_lora.privacy.rng import SecureRandom
+from dp_federated_lora.privacy import SecureRandom
+from dp_federated_lora.secagg.integer_noise import Law, discrete_gaussian, draw, skellam
 
 _MAX_BITS: Final = 32
 _DEVIATIONS: Final = -float(ndtri(0.5e-4))  # of a coordinate of the sum that must fit: it wraps with probability 1e-4

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dp_federated_lora.errors import PrivacyError
-from dp_federated_lora.privacy.rng import SecureRandom
+from dp_federated_lora.privacy import SecureRandom
 
 _RANGE: Final = (2.0**-10, 2.0**16)  # of standard deviations; tables of larger ones leave every cache
 _BITS: Final = 63

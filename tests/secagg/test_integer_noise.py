@@ -13,7 +13,7 @@ from scipy import stats
 
 from dp_federated_lora.errors import PrivacyError
 from dp_federated_lora.privacy import SecureRandom
-from dp_federated_lora.privacy.integer_noise import Law, _cumulative, _decide, _table, discrete_gaussian, draw, skellam
+from dp_federated_lora.secagg.integer_noise import Law, _cumulative, _decide, _table, discrete_gaussian, draw, skellam
 
 ALPHA = 1e-7
 DEVIATIONS = 5.33  # of a normal deviate, two-sided probability 1e-7

@@ -16,16 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dp_federated_lora.errors import IncompatiblePlan, PrivacyError
-from dp_federated_lora.privacy import (
-    DiscreteGaussian,
-    DistributedMechanism,
-    SecureRandom,
-    SecureSum,
-    Skellam,
-    calibrate_noise_multiplier,
-    calibrate_secure_sum,
-)
-from dp_federated_lora.privacy.distributed import skellam_rdp, subsampled_rdp
+from dp_federated_lora.privacy import SecureRandom, calibrate_noise_multiplier
+from dp_federated_lora.secagg import DiscreteGaussian, DistributedMechanism, SecureSum, Skellam, calibrate_secure_sum
+from dp_federated_lora.secagg.mechanisms import skellam_rdp, subsampled_rdp
 
 DELTA = 1e-5
 DEVIATIONS = 5.33  # of a normal deviate, two-sided probability 1e-7
