@@ -30,6 +30,7 @@ from dp_federated_lora.privacy import (
     BoundedSum,
     Composition,
     ExampleGradients,
+    FixedSizeSampler,
     GaussianMechanism,
     Ledger,
     PoissonSampler,
@@ -165,9 +166,13 @@ def test_9_only_the_poisson_sampler_amplifies_and_the_price_of_other_samplers_is
     unamplified = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=1e-2)
     unamplified.compose(dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(1.0), 100))
     assert poisson < unamplified.get_epsilon(1e-5) / 10  # what a sampler without secret coins would cost
-    other = dp_accounting.SampledWithoutReplacementDpEvent(1000, 100, dp_accounting.GaussianDpEvent(1.0))
+    fixed = Composition()
+    fixed.add(FixedSizeSampler(100, 1000).amplify(GaussianMechanism(1.0).event), 100)
+    assert fixed.epsilon(1e-5) > 14.05  # the price if replacing a unit moved the sum by one clip norm; it moves it by two
     with pytest.raises(UnsupportedEvent):
-        Composition().add(other)  # type: ignore[arg-type]
+        fixed.add(PoissonSampler(0.1).amplify(GaussianMechanism(1.0).event))
+    with pytest.raises(UnsupportedEvent):
+        Composition().add(dp_accounting.SampledWithReplacementDpEvent(1000, 100, dp_accounting.GaussianDpEvent(1.0)))
 
 
 def test_12_noise_rate_and_divisor_do_not_depend_on_how_many_examples_there_are(raw_config: Raw, tmp_path: Path):
