@@ -20,15 +20,16 @@ from dp_federated_lora.federated import (
     read_checkpoint,
     write_checkpoint,
 )
-from dp_federated_lora.federated.checkpoint import write_durably
+from dp_federated_lora.files import write_durably
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.directory import RunDirectory
-from dp_federated_lora.lab.planning import statement_json
-from dp_federated_lora.lab.workbench import Workbench, data_id, head_scale, privacy_plan, server_optimizer, unit_notes
+from dp_federated_lora.lab.ledgers import LifetimeBudgets
+from dp_federated_lora.lab.planning import statement_at, statement_json
+from dp_federated_lora.lab.workbench import Workbench, data_id, head_scale, privacy_plan, server_optimizer
 from dp_federated_lora.monitoring.log import open_log
 from dp_federated_lora.monitoring.metrics import MetricsFile, read_metrics
 from dp_federated_lora.monitoring.report import TRAINED_SHARE, render_report
-from dp_federated_lora.privacy import Ledger, PrivacyPlan, StatementRow, state_privacy
+from dp_federated_lora.privacy import Ledger, PrivacyPlan, StatementRow
 from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.training import evaluate_model
 
@@ -50,6 +51,7 @@ class TrainResult:
         rounds: published rounds.
         metrics: quality on declared-public test data; empty where none is configured.
         statement: the privacy statement.
+        stopped: why the run ended before its last round; None if it did not.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class TrainResult:
     rounds: int
     metrics: dict[str, float]
     statement: tuple[StatementRow, ...]
+    stopped: str | None
 
 
 def train(
@@ -115,6 +118,8 @@ class _Run:
             self._bench.model, self._plan, self._bench.method, server_optimizer(config), head_scale=head_scale(config)
         )
         self._ledger = Ledger.open(directory.ledger, budget=self._plan.budget, owner=OWNER)
+        self._lifetime = LifetimeBudgets.open(config)
+        self._stopped: str | None = None
         self._recover()
 
     def _prepare(self, sets: list[Examples]) -> None:
@@ -131,6 +136,7 @@ class _Run:
 
     def _recover(self) -> None:
         """Take up the last durable checkpoint, and publish it in the ledger if a crash came in between."""
+        self._lifetime.check(self._ledger)
         checkpoint, pending = self._directory.checkpoint, self._ledger.pending()
         if checkpoint.exists():
             self._state, head = read_checkpoint(checkpoint, run_id=self._run_id)
@@ -166,12 +172,15 @@ class _Run:
                 try:
                     self._round()
                 except BudgetExhausted as error:
-                    self._log.warning("budget exhausted", reason=str(error))
+                    self._stopped = str(error)
+                    self._log.warning("budget exhausted", reason=self._stopped)
                     break
         return self._write_results()
 
     def _round(self) -> None:
-        key = self._keys.open_round(self._state.round + 1, insecure_seed=self._config.run.insecure_seed)
+        number = self._state.round + 1
+        key = self._keys.open_round(number, insecure_seed=self._config.run.insecure_seed)
+        self._lifetime.charge(self._plan.event, number=number, run=self._ledger, commitment=key.commitment)
         permit = self._server.reserve(self._state, self._ledger, key)
         self._state, update_norm = self._server.run_round(self._state, permit, self._simulator, key)
         write_checkpoint(self._directory.checkpoint, self._state, run_id=self._run_id, ledger_head=self._ledger.head)
@@ -187,8 +196,7 @@ class _Run:
 
     def _write_results(self) -> TrainResult:
         directory, config, spend = self._directory, self._config, self._ledger.spent()
-        insecure = config.run.insecure_seed is not None
-        statement = state_privacy(self._plan, epsilon=spend.epsilon, insecure=insecure, notes=unit_notes(config))
+        statement = statement_at(config, self._plan, epsilon=spend.epsilon)
         self._on_phase("scoring the test data", 0)
         self._bench.model.load(self._state.adapter)
         test = self._bench.test_examples()
@@ -209,7 +217,7 @@ class _Run:
         write_durably(directory.privacy, (json.dumps(privacy, indent=2) + "\n").encode())
         write_durably(directory.report, self._render(statement, metrics).encode())
         self._log.info("run finished", epsilon=spend.epsilon, metrics=metrics)
-        return TrainResult(directory.path, spend.epsilon, spend.delta, self._state.round, metrics, statement)
+        return TrainResult(directory.path, spend.epsilon, spend.delta, self._state.round, metrics, statement, self._stopped)
 
     def _render(self, statement: tuple[StatementRow, ...], metrics: dict[str, float]) -> str:
         config, plan = self._config, self._plan

@@ -51,6 +51,12 @@ def unit_notes(config: Config) -> tuple[str, ...]:
     return ()
 
 
+def participant_names(config: Config) -> list[str]:
+    """Names of the simulated participants; public."""
+    width = len(str(config.federation.clients - 1))
+    return [f"client-{number:0{width}d}" for number in range(config.federation.clients)]
+
+
 def server_optimizer(config: Config) -> ServerOptimizer:
     """The server optimiser of a configuration."""
     training = config.training
@@ -169,16 +175,15 @@ class Workbench:
             parts = dirichlet(whole.labels or (), federation.clients, federation.alpha, self.config.run.seed)
         else:
             parts = iid(len(table), federation.clients, self.config.run.seed)
-        width = len(str(len(parts) - 1))
         return [
             Client(
-                name=f"client-{number:0{width}d}",
+                name=name,
                 examples=self.tokenize(_rows(table, part)),
                 plan=plan,
                 method=self.method,
                 local=local_steps(self.config),
             )
-            for number, part in enumerate(parts)
+            for name, part in zip(participant_names(self.config), parts, strict=True)
         ]
 
     def test_examples(self, source: str | None = None, *, limit: int | None = None) -> Examples | None:

@@ -10,12 +10,14 @@ from dp_federated_lora.privacy.accounting import (
 )
 from dp_federated_lora.privacy.bounded import Bounded, BoundedSum, Released, UnitId
 from dp_federated_lora.privacy.clipping import clip_examples, clip_to
+from dp_federated_lora.privacy.filters import RenyiFilter
 from dp_federated_lora.privacy.gradients import ExampleGradients
-from dp_federated_lora.privacy.ledger import Budget, Ledger, LedgerRow, Permit, Spend
+from dp_federated_lora.privacy.ledger import Budget, Ledger, Permit, Scope, Spend
 from dp_federated_lora.privacy.mechanisms import GaussianMechanism
 from dp_federated_lora.privacy.plan import PrivacyPlan, PrivacyUnit, StatementRow, Trust, state_privacy
 from dp_federated_lora.privacy.rng import SecureRandom
 from dp_federated_lora.privacy.sampling import PoissonSampler
+from dp_federated_lora.privacy.storage import LedgerRow
 
 __all__ = (
     "Bounded",
@@ -32,6 +34,8 @@ __all__ = (
     "PrivacyPlan",
     "PrivacyUnit",
     "Released",
+    "RenyiFilter",
+    "Scope",
     "SecureRandom",
     "Spend",
     "StatementRow",
