@@ -80,6 +80,14 @@ class LedgerCorrupt(PrivacyError):
     """The ledger's hash chain, schema or file is damaged or was edited."""
 
 
+class LedgerKeyLost(PrivacyError):
+    """The private key of a ledger is missing, damaged or another one: it can be read but not charged."""
+
+
+class StatementInvalid(PrivacyError):
+    """A signed privacy statement was edited, or its run does not bear it out."""
+
+
 class LedgerLocked(PrivacyError):
     """Another process holds the ledger."""
 

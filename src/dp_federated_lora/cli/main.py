@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from dp_federated_lora.cli import accounts
+from dp_federated_lora.cli.terminal import AsJson, RunPath, print_json, show
 from dp_federated_lora.errors import DpflError, RunInterrupted
 
 app = typer.Typer(
@@ -20,24 +19,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-ledger_app = typer.Typer(help="Look at the charges of a run.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(ledger_app, name="ledger")
+app.add_typer(accounts.app)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; repeatable.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration file.")]
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
-
-
-def _show(title: str, rows: dict[str, str]) -> None:
-    table = Table(title=title, show_header=False, title_justify="left")
-    for key, value in rows.items():
-        table.add_row(key, value)
-    Console().print(table)
 
 
 @app.command(epilog="Example: dpfl recipes")
@@ -46,7 +31,7 @@ def recipes(as_json: AsJson = False) -> None:
     from dp_federated_lora.lab.recipes import recipe_names  # noqa: PLC0415
 
     names = recipe_names()
-    _print_json(names) if as_json else _show("Recipes", names)
+    print_json(names) if as_json else show("Recipes", names)
 
 
 @app.command(epilog="Example: dpfl init newswire newswire.toml")
@@ -79,9 +64,9 @@ def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
     result = plan_run(settings)
     facts = result.as_json()
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
-    _show(
+    show(
         f"Plan of {config}",
         {
             "noise multiplier": f"{facts['noise_multiplier']:.4f}",
@@ -123,21 +108,23 @@ def train(
     with ProgressBoard(budget_epsilon=settings.privacy.epsilon) as board:
         result = train_run(None if resume else settings, out=out, resume=resume, on_round=board.update, on_phase=board.show_phase)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "run": str(result.path),
                 "rounds": result.rounds,
                 "epsilon": result.epsilon,
                 "delta": result.delta,
+                "stopped": result.stopped,
                 "metrics": result.metrics,
                 "statement": statement_json(result.statement),
             }
         )
         return
-    _show(
+    show(
         f"Finished: {result.path}",
         {
             "rounds": str(result.rounds),
+            **({"stopped": result.stopped} if result.stopped else {}),
             "epsilon spent": f"{result.epsilon:.4f} at delta {result.delta:g}",
             **{name: f"{value:.4f}" for name, value in result.metrics.items()},
             "report": str(result.path / "report.html"),
@@ -157,43 +144,7 @@ def evaluate(
     from dp_federated_lora.lab import evaluate as evaluate_run  # noqa: PLC0415
 
     metrics = evaluate_run(run, data=data)
-    _print_json(metrics) if as_json else _show(f"{run}", {k: f"{v:.4f}" for k, v in metrics.items()})
-
-
-@ledger_app.command("show", epilog="Example: dpfl ledger show runs/first")
-def ledger_show(run: RunPath, as_json: AsJson = False) -> None:
-    """Print every charge of a run and the total."""
-    from dp_federated_lora.privacy import Ledger  # noqa: PLC0415
-
-    ledger = Ledger.read(run / "ledger.sqlite")
-    spend = ledger.spent()
-    rows = [
-        {"serial": r.serial, "kind": r.kind, "round": r.round, "time": r.time, **r.facts, "hash": r.hash} for r in ledger.rows()
-    ]
-    if as_json:
-        _print_json({"owner": ledger.owner, "epsilon": spend.epsilon, "delta": spend.delta, "rows": rows})
-        return
-    table = Table("serial", "kind", "round", "time", "hash", title=f"Ledger of {ledger.owner}", title_justify="left")
-    for row in ledger.rows():
-        table.add_row(str(row.serial), row.kind, str(row.round), row.time, row.hash[:16])
-    Console().print(table)
-    typer.echo(
-        f"epsilon {spend.epsilon:.4f} of {ledger.budget.epsilon:g} at delta {spend.delta:g}: {spend.charges} charges, "
-        f"{spend.released} published rounds"
-    )
-
-
-@ledger_app.command("verify", epilog="Example: dpfl ledger verify runs/first")
-def ledger_verify(run: RunPath, as_json: AsJson = False) -> None:
-    """Check every row of the hash chain, and that it is not older than what the run saw."""
-    from dp_federated_lora.errors import LedgerCorrupt  # noqa: PLC0415
-    from dp_federated_lora.privacy import Ledger  # noqa: PLC0415
-
-    ledger, statement = Ledger.read(run / "ledger.sqlite"), run / "privacy.json"
-    if statement.is_file() and not ledger.contains(json.loads(statement.read_text(encoding="utf-8"))["ledger_head"]):
-        raise LedgerCorrupt(f"{run}: the ledger lacks rows that privacy.json has seen; it was rolled back or replaced")
-    facts = {"rows": len(ledger.rows()), "head": ledger.head, "epsilon": ledger.spent().epsilon}
-    _print_json(facts) if as_json else typer.echo(f"intact: {facts['rows']} rows, head {ledger.head}")
+    print_json(metrics) if as_json else show(f"{run}", {k: f"{v:.4f}" for k, v in metrics.items()})
 
 
 def main() -> None:

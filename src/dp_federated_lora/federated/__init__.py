@@ -3,6 +3,7 @@
 from dp_federated_lora.federated.checkpoint import (
     RoundKeyFile,
     ServerState,
+    checkpoint_head,
     read_checkpoint,
     write_checkpoint,
 )
@@ -18,6 +19,7 @@ __all__ = (
     "RoundReport",
     "Server",
     "ServerState",
+    "checkpoint_head",
     "handle",
     "read_checkpoint",
     "write_checkpoint",

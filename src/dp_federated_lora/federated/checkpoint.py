@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dp_federated_lora.errors import CheckpointError, StorageError
+from dp_federated_lora.errors import CheckpointError
+from dp_federated_lora.files import write_durably
 from dp_federated_lora.privacy import SecureRandom
 
 _FORMAT: Final = "dpfl-checkpoint-2"
@@ -35,29 +36,6 @@ class ServerState:
     adapter: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     clip_norm: float
-
-
-def write_durably(path: Path, content: bytes, *, mode: int = 0o644) -> None:
-    """Replace the file at `path` in one step that survives a crash.
-
-    Raises:
-        StorageError: if the disk refuses; the old file is then still there.
-    """
-    scratch = path.with_name(f".{path.name}.part")
-    try:
-        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}. What was saved before is intact: free space or fix "
-            "permissions, then continue with --resume"
-        ) from error
 
 
 def write_checkpoint(path: Path, state: ServerState, *, run_id: str, ledger_head: str) -> None:
@@ -107,6 +85,19 @@ def read_checkpoint(path: Path, *, run_id: str) -> tuple[ServerState, str]:
     return state, facts["ledger_head"]
 
 
+def checkpoint_head(path: Path) -> str:
+    """The ledger head that a checkpoint has seen, of whatever run.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str((file.metadata() or {})["ledger_head"])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CheckpointError(f"the checkpoint {path} cannot be read ({error})") from error
+
+
 @final
 class RoundKeyFile:
     """The key of the round under way.
@@ -152,11 +143,3 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         total.update(f"{name}{tuple(tensors[name].shape)}{tensors[name].dtype}".encode())
         total.update(tensors[name].contiguous().numpy().tobytes())
     return total.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ from dp_federated_lora.aggregation import HEAD_ALONE, LinearMethod, ServerOptimi
 from dp_federated_lora.federated.checkpoint import ServerState
 from dp_federated_lora.federated.client import Purpose, Request
 from dp_federated_lora.lora import AdaptedModel
-from dp_federated_lora.privacy import BoundedSum, Ledger, Permit, PrivacyPlan, PrivacyUnit, SecureRandom
+from dp_federated_lora.privacy import BoundedSum, Ledger, Permit, PrivacyPlan, PrivacyUnit, PrivateEvaluation, SecureRandom
 from dp_federated_lora.vector import Layout
 
 
@@ -142,22 +142,14 @@ class Server:
         following = ServerState(number, adapter, optimizer, plan.clip_norm_after(clip_norm, extra))
         return following, float(torch.linalg.vector_norm(mean))
 
-    def evaluate(self, state: ServerState, ledger: Ledger, exchange: Exchange, key: SecureRandom) -> dict[str, float]:
-        """Noised scores of the adapter on participants' held-out data, charged like a round; empty where none is due.
-
-        Raises:
-            BudgetExhausted: if it does not fit the budget.
-        """
-        evaluation = self.plan.evaluation
-        if evaluation is None or not evaluation.due(state.round):
-            return {}
-        rng = key.derive(Purpose.EVALUATION.value)
-        permit = ledger.reserve(evaluation.event, round=state.round, purpose=Purpose.EVALUATION.value, commitment=rng.commitment)
+    def evaluate(
+        self, state: ServerState, evaluation: PrivateEvaluation, permit: Permit, exchange: Exchange, key: SecureRandom
+    ) -> dict[str, float]:
+        """Noised scores of the adapter on participants' held-out data."""
         request = Request(Purpose.EVALUATION, state.round, self.plan.content_id, state.adapter, state.clip_norm)
-        parts = exchange(request, range(len(exchange.names)), rng.derive("clients"))
+        parts = exchange(request, range(len(exchange.names)), key.derive("clients"))
         total = BoundedSum.merge(parts, size=evaluation.SIZE, clip_norm=evaluation.BOUND)
-        released = evaluation.mechanism.release(total, charged=evaluation.event, permit=permit, rng=rng)
-        ledger.commit(permit.serial)
+        released = evaluation.mechanism.release(total, charged=evaluation.event, permit=permit, rng=key)
         return evaluation.metrics(released.value)
 
     def report(

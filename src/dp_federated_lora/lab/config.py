@@ -171,6 +171,27 @@ class RunSection(_Section):
     insecure_seed: Seed | None = None
 
 
+class LedgerSection(_Section):
+    """[ledger]: a budget for every participant over all runs on one data set, charged beside the run's own.
+
+    `database` is a file or `postgresql://user@host/database` (keep the password in ~/.pgpass); `key` is the file of the key
+    that signs it, by default beside a file. Runs are chosen in view of earlier results, so these charges compose by a Renyi
+    filter, which counts more than a run's own accountant: give it more than one run's epsilon.
+    """
+
+    database: str
+    key: str | None = None
+    data_set: Annotated[str, Field(min_length=1)]
+    epsilon: Positive
+    delta: Annotated[float, Field(gt=0, lt=1)] = MAX_DELTA
+
+    @field_validator("database", "key")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        # A run is resumed from wherever; a relative path would then begin a new ledger with nothing spent.
+        return value if value is None or "://" in value else str(Path(value).absolute())
+
+
 class Config(_Section):
     """A whole configuration; every impossible combination is refused here, before any work."""
 
@@ -183,6 +204,7 @@ class Config(_Section):
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection | None = None
     run: RunSection
+    ledger: LedgerSection | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -193,15 +215,24 @@ class Config(_Section):
 
     def _privacy_problems(self) -> list[str]:
         privacy, problems = self.privacy, []
+        lifetime = self.ledger
         for key, value, limit in (
-            ("epsilon", privacy.epsilon, MAX_EPSILON),
-            ("delta", privacy.delta, MAX_DELTA),
+            ("privacy.epsilon", privacy.epsilon, MAX_EPSILON),
+            ("privacy.delta", privacy.delta, MAX_DELTA),
+            ("ledger.epsilon", lifetime.epsilon if lifetime else 0.0, MAX_EPSILON),
+            ("ledger.delta", lifetime.delta if lifetime else 0.0, MAX_DELTA),
         ):
             if value > limit and not privacy.allow_weak_privacy:
                 problems.append(
-                    f"privacy.{key}: {value:g} is weaker than this project stands for (at most {limit:g}); lower it, or set "
+                    f"{key}: {value:g} is weaker than this project stands for (at most {limit:g}); lower it, or set "
                     "privacy.allow_weak_privacy = true"
                 )
+        if lifetime and "://" in lifetime.database and lifetime.key is None:
+            problems.append("ledger.key: a database needs the path of the file with the key that signs its ledgers")
+        if lifetime and self.run.insecure_seed is not None:
+            problems.append(
+                "ledger: a run with an insecure seed is not private and cannot be charged; remove [ledger] or the seed"
+            )
         if privacy.unit == "example" and privacy.population is None:
             problems.append(
                 'privacy.population: unit = "example" needs the declared, public number of examples over all participants; it '

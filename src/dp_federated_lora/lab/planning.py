@@ -50,17 +50,17 @@ def statement_json(statement: tuple[StatementRow, ...]) -> list[dict[str, Any]]:
     return [asdict(row) | {"assumptions": list(row.assumptions)} for row in statement]
 
 
+def statement_at(config: Config, plan: PrivacyPlan, *, epsilon: float) -> tuple[StatementRow, ...]:
+    """The statement of a run of this configuration and plan that has spent `epsilon`."""
+    return state_privacy(plan, epsilon=epsilon, insecure=config.run.insecure_seed is not None, notes=unit_notes(config))
+
+
 def plan_run(config: Config) -> RunPlan:
     """Plan a run: calibrate noise and count what is trained. Loads the model, touches no training data."""
     bench = Workbench.of(config)
     plan = privacy_plan(config)
     size = Layout.of(bench.model.parameters(bench.method.factors)).size
-    statement = state_privacy(
-        plan,
-        epsilon=plan.epsilon_after(plan.rounds),
-        insecure=config.run.insecure_seed is not None,
-        notes=unit_notes(config),
-    )
+    statement = statement_at(config, plan, epsilon=plan.epsilon_after(plan.rounds))
     return RunPlan(
         privacy=plan,
         trainable_parameters=size,

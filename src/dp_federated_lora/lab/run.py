@@ -21,15 +21,16 @@ from dp_federated_lora.federated import (
     read_checkpoint,
     write_checkpoint,
 )
-from dp_federated_lora.federated.checkpoint import write_durably
+from dp_federated_lora.files import write_durably
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.directory import RunDirectory
-from dp_federated_lora.lab.planning import statement_json
-from dp_federated_lora.lab.workbench import Workbench, data_id, head_scale, privacy_plan, server_optimizer, unit_notes
+from dp_federated_lora.lab.ledgers import LifetimeBudgets
+from dp_federated_lora.lab.planning import statement_at, statement_json
+from dp_federated_lora.lab.workbench import Workbench, data_id, head_scale, privacy_plan, server_optimizer
 from dp_federated_lora.monitoring.log import open_log
 from dp_federated_lora.monitoring.metrics import MetricsFile, read_metrics
 from dp_federated_lora.monitoring.report import TRAINED_SHARE, render_report
-from dp_federated_lora.privacy import Ledger, PrivacyPlan, StatementRow, state_privacy
+from dp_federated_lora.privacy import DpEvent, Ledger, PrivacyPlan, SecureRandom, StatementRow
 from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.training import evaluate_model
 
@@ -51,6 +52,7 @@ class TrainResult:
         rounds: published rounds.
         metrics: quality on declared-public test data; empty where none is configured.
         statement: the privacy statement.
+        stopped: why the run ended before its last round; None if it did not.
     """
 
     path: Path
@@ -59,6 +61,7 @@ class TrainResult:
     rounds: int
     metrics: dict[str, float]
     statement: tuple[StatementRow, ...]
+    stopped: str | None
 
 
 def train(
@@ -117,6 +120,8 @@ class _Run:
             self._bench.model, self._plan, self._bench.method, server_optimizer(config), head_scale=head_scale(config)
         )
         self._ledger = Ledger.open(directory.ledger, budget=self._plan.budget, owner=OWNER)
+        self._lifetime = LifetimeBudgets.open(config)
+        self._stopped: str | None = None
         self._recover()
 
     def _prepare(self, sets: list[Examples]) -> None:
@@ -133,6 +138,7 @@ class _Run:
 
     def _recover(self) -> None:
         """Take up the last durable checkpoint, and publish it in the ledger if a crash came in between."""
+        self._lifetime.check(self._ledger)
         checkpoint, pending = self._directory.checkpoint, self._ledger.pending()
         published = sum(row.kind == "commit" and row.facts["purpose"] == Purpose.TRAINING.value for row in self._ledger.rows())
         if checkpoint.exists():
@@ -170,18 +176,21 @@ class _Run:
                 try:
                     self._round()
                 except BudgetExhausted as error:
-                    self._log.warning("budget exhausted", reason=str(error))
+                    self._stopped = str(error)
+                    self._log.warning("budget exhausted", reason=self._stopped)
                     break
         return self._write_results()
 
     def _round(self) -> None:
-        key = self._keys.open_round(self._state.round + 1, insecure_seed=self._config.run.insecure_seed)
+        number = self._state.round + 1
+        key = self._keys.open_round(number, insecure_seed=self._config.run.insecure_seed)
+        self._charge_lifetimes(self._plan.event, Purpose.TRAINING, number, key)
         permit = self._server.reserve(self._state, self._ledger, key)
         clip_norm = self._state.clip_norm
         self._state, update_norm = self._server.run_round(self._state, permit, self._simulator, key)
         write_checkpoint(self._directory.checkpoint, self._state, run_id=self._run_id, ledger_head=self._ledger.head)
         self._ledger.commit(permit.serial)
-        scores = self._server.evaluate(self._state, self._ledger, self._simulator, key)
+        scores = self._private_scores(key)
         self._keys.destroy()
         report = self._server.report(self._state, self._ledger, update_norm=update_norm, clip_norm=clip_norm, scores=scores)
         if self._probe is not None and self._state.round % self._config.run.evaluate_every == 0:
@@ -191,10 +200,24 @@ class _Run:
         self._log.info("round", report=report)
         self._on_round(report)
 
+    def _private_scores(self, key: SecureRandom) -> dict[str, float]:
+        """Charged scores on participants' held-out data, where they are due after this round."""
+        evaluation, number = self._plan.evaluation, self._state.round
+        if evaluation is None or not evaluation.due(number):
+            return {}
+        key = key.derive(Purpose.EVALUATION.value)
+        self._charge_lifetimes(evaluation.event, Purpose.EVALUATION, number, key)
+        permit = self._ledger.reserve(evaluation.event, round=number, purpose=Purpose.EVALUATION.value, commitment=key.commitment)
+        scores = self._server.evaluate(self._state, evaluation, permit, self._simulator, key)
+        self._ledger.commit(permit.serial)
+        return scores
+
+    def _charge_lifetimes(self, event: DpEvent, purpose: Purpose, number: int, key: SecureRandom) -> None:
+        self._lifetime.charge(event, number=number, purpose=purpose.value, run=self._ledger, commitment=key.commitment)
+
     def _write_results(self) -> TrainResult:
         directory, config, spend = self._directory, self._config, self._ledger.spent()
-        insecure = config.run.insecure_seed is not None
-        statement = state_privacy(self._plan, epsilon=spend.epsilon, insecure=insecure, notes=unit_notes(config))
+        statement = statement_at(config, self._plan, epsilon=spend.epsilon)
         self._on_phase("scoring the test data", 0)
         self._bench.model.load(self._state.adapter)
         test = self._bench.test_examples()
@@ -215,7 +238,7 @@ class _Run:
         write_durably(directory.privacy, (json.dumps(privacy, indent=2) + "\n").encode())
         write_durably(directory.report, self._render(statement, metrics).encode())
         self._log.info("run finished", epsilon=spend.epsilon, metrics=metrics)
-        return TrainResult(directory.path, spend.epsilon, spend.delta, self._state.round, metrics, statement)
+        return TrainResult(directory.path, spend.epsilon, spend.delta, self._state.round, metrics, statement, self._stopped)
 
     def _render(self, statement: tuple[StatementRow, ...], metrics: dict[str, float]) -> str:
         config, plan = self._config, self._plan

@@ -78,6 +78,12 @@ def unit_notes(config: Config) -> tuple[str, ...]:
     return ()
 
 
+def participant_names(config: Config) -> list[str]:
+    """Names of the simulated participants; public."""
+    width = len(str(config.federation.clients - 1))
+    return [f"client-{number:0{width}d}" for number in range(config.federation.clients)]
+
+
 def server_optimizer(config: Config) -> ServerOptimizer:
     """The server optimiser of a configuration."""
     training = config.training
@@ -196,13 +202,11 @@ class Workbench:
             parts = dirichlet(whole.labels or (), federation.clients, federation.alpha, self.config.run.seed)
         else:
             parts = iid(len(table), federation.clients, self.config.run.seed)
-        width = len(str(len(parts) - 1))
         clients = []
-        for number, part in enumerate(parts):
-            examples = self.tokenize(_rows(table, part))
-            evaluation = self.config.evaluation
+        for name, part in zip(participant_names(self.config), parts, strict=True):
+            examples, evaluation = self.tokenize(_rows(table, part)), self.config.evaluation
             rest, held_out = examples.split(0.0 if evaluation is None else evaluation.holdout, self.config.run.seed)
-            name, local = f"client-{number:0{width}d}", local_steps(self.config)
+            local = local_steps(self.config)
             clients.append(Client(name=name, examples=rest, plan=plan, method=self.method, local=local, held_out=held_out))
         return clients
 

@@ -12,14 +12,16 @@ from dp_federated_lora.privacy.bounded import Bounded, BoundedSum, Released, Uni
 from dp_federated_lora.privacy.clipping import AdaptiveClip, clip_examples, clip_to
 from dp_federated_lora.privacy.correlated import BandedGaussian, NoiseState, inverse, sensitivity
 from dp_federated_lora.privacy.evaluation import PrivateEvaluation
+from dp_federated_lora.privacy.filters import RenyiFilter
 from dp_federated_lora.privacy.gradients import ExampleGradients
-from dp_federated_lora.privacy.ledger import Budget, Ledger, LedgerRow, Permit, Spend
+from dp_federated_lora.privacy.ledger import Budget, Ledger, Permit, Scope, Spend
 from dp_federated_lora.privacy.mechanisms import GaussianMechanism
 from dp_federated_lora.privacy.participation import Participation
 from dp_federated_lora.privacy.personal import Personalisation, Tier, personal_tiers
 from dp_federated_lora.privacy.plan import PrivacyPlan, PrivacyUnit, StatementRow, Trust, state_privacy
 from dp_federated_lora.privacy.rng import SecureRandom
 from dp_federated_lora.privacy.sampling import CyclicPoissonSampler, FixedSizeSampler, PoissonSampler, TruncatedPoissonSampler
+from dp_federated_lora.privacy.storage import LedgerRow
 
 __all__ = (
     "AdaptiveClip",
@@ -44,6 +46,8 @@ __all__ = (
     "PrivacyUnit",
     "PrivateEvaluation",
     "Released",
+    "RenyiFilter",
+    "Scope",
     "SecureRandom",
     "Spend",
     "StatementRow",

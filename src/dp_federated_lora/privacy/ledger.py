@@ -1,72 +1,54 @@
 """The durable odometer and filter: every charge is on disk before its noise exists, and overspend is refused.
 
-Rows are append-only and hash-chained; row 0 fixes the budget. A charge is made in one immediate transaction with full
-synchronisation, so processes that share a file never overspend together, and a charge survives a crash once
-`reserve` has returned. Odometers and filters: Rogers et al. 2016, arXiv 1605.08294.
+A ledger is one owner's chain of rows: append-only, each hashed over the one before and signed. Row 0 fixes the budget,
+the rule of composition and the public key. A charge is one transaction, so processes never overspend together, and it
+survives a crash once `reserve` has returned. Odometers and filters: Rogers et al. 2016, arXiv 1605.08294.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
-import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
 from typing import Any, Final, NoReturn, Self, final
 
 from dp_accounting import NoOpDpEvent
-from sqlalchemy import (
-    Column,
-    Connection,
-    Engine,
-    Integer,
-    MetaData,
-    Row,
-    String,
-    Table,
-    Text,
-    create_engine,
-    event,
-    insert,
-    select,
-)
-from sqlalchemy.exc import DatabaseError, OperationalError
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Connection
 
 from dp_federated_lora.errors import (
     BudgetExhausted,
     BudgetMismatch,
     LedgerCorrupt,
-    LedgerLocked,
+    LedgerKeyLost,
     PermitMismatch,
     PermitSpent,
     PrivacyError,
     RoundAlreadyReleased,
-    StorageError,
     UnsupportedEvent,
 )
 from dp_federated_lora.privacy.accounting import Composition, DpEvent, event_from_json, event_to_json
+from dp_federated_lora.privacy.filters import RenyiFilter
+from dp_federated_lora.privacy.storage import LedgerRow, Storage, canonical
+from dp_federated_lora.signing import SigningKey, signature_holds
 
-_FORMAT: Final = 1
 _GENESIS: Final = "0" * 64
 _COMMITMENT: Final = re.compile(r"[0-9a-f]{64}")
 _SEAL: Final = object()
-_TABLE: Final = Table(
-    "ledger",
-    MetaData(),
-    Column("serial", Integer, primary_key=True, autoincrement=False),
-    Column("kind", String, nullable=False),
-    Column("round", Integer, nullable=False),
-    Column("body", Text, nullable=False),
-    Column("time", String, nullable=False),
-    Column("previous", String, nullable=False),
-    Column("hash", String, nullable=False),
-)
+
+
+class Scope(Enum):
+    """What a budget is for, which decides how its charges compose.
+
+    A run's schedule is fixed before it starts: PLD. Over the lifetime of a data set the next run is chosen after the
+    last one's result: a Renyi filter at one order, which is fixed when the ledger is made.
+    """
+
+    RUN = "one run"
+    LIFETIME = "all runs on a data set"
 
 
 @final
@@ -99,31 +81,6 @@ class Spend:
     delta: float
     charges: int
     released: int
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class LedgerRow:
-    """One row as stored; kind is "open", "reserve" or "commit"."""
-
-    serial: int
-    kind: str
-    round: int
-    body: str
-    time: str
-    previous: str
-    hash: str
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The decoded body."""
-        decoded: dict[str, Any] = json.loads(self.body)
-        return decoded
-
-    def expected_hash(self) -> str:
-        """SHA-256 over everything else in the row, which includes the previous row's hash."""
-        content = [self.serial, self.kind, self.round, self.body, self.time, self.previous]
-        return hashlib.sha256(_canonical(content).encode()).hexdigest()
 
 
 @final
@@ -160,87 +117,144 @@ class Permit:
 
 @final
 class Ledger:
-    """Charges of one budget, in one SQLite file.
+    """Charges of one owner's budget, in a database that may hold many.
 
     Use `open` or `read`; the constructor is for them.
     """
 
-    def __init__(self, engine: Engine, path: Path) -> None:
-        self._engine = engine
-        self._path = path
+    def __init__(self, store: Storage, owner: str, key: SigningKey | None) -> None:
+        self.owner = owner
+        self._name = f"the ledger of {owner!r} in {store.name}"
+        self._store = store
+        self._key = key
         self._rows: list[LedgerRow] = []
-        self._composition = Composition()
+        self._terms: Mapping[str, Any] = {}  # of row 0
+        self._total: Composition | RenyiFilter = Composition()
+        self._charges: dict[str, LedgerRow] = {}  # by commitment
+        self._published: dict[int, tuple[int, str]] = {}  # round and purpose, by serial of the charge
 
     @classmethod
-    def open(cls, path: Path, *, budget: Budget, owner: str, lock_timeout: float = 5.0) -> Self:
-        """Create a ledger, or replay and verify an existing one.
+    def open(cls, where: str | Path, *, budget: Budget, owner: str, key: Path | None = None, lock_timeout: float = 5.0) -> Self:
+        """Create or replay the ledger of one run; arguments and errors are those of `open_all`."""
+        return cls.open_all(where, [owner], budget=budget, scope=Scope.RUN, key=key, lock_timeout=lock_timeout)[0]
+
+    @classmethod
+    def open_all(
+        cls,
+        where: str | Path,
+        owners: Sequence[str],
+        *,
+        budget: Budget,
+        scope: Scope,
+        unit: str | None = None,
+        key: Path | None = None,
+        lock_timeout: float = 5.0,
+    ) -> tuple[Self, ...]:
+        """Create ledgers of several owners, or replay and verify existing ones.
 
         Args:
-            path: the file.
-            budget: must equal the one in the file.
-            owner: whose budget it is; must equal the one in the file.
+            where: a file, or a URL `postgresql://user@host/database`.
+            owners: whose budgets; distinct.
+            budget: of each; must equal the one in an existing ledger.
+            scope: what the budget is for; the same.
+            unit: the privacy unit whose spend is counted, where owners could mix them up; the same.
+            key: file of the signing key, made with the first ledger; default beside the ledger's file, with suffix .key.
             lock_timeout: seconds to wait for another process.
 
         Raises:
-            BudgetMismatch: if the file holds another budget or owner.
+            BudgetMismatch: if a ledger was made for another budget, scope or unit.
             LedgerCorrupt: if a row was edited or the file is not a ledger.
-            LedgerLocked: if another process holds the file.
+            LedgerKeyLost: if a new ledger needs the key and it is missing.
+            LedgerLocked: if another process holds the database.
             StorageError: if the disk refuses.
         """
-        ledger = cls(_engine(path, lock_timeout), path)
-        with ledger._transaction(write=True) as connection:
-            _TABLE.create(connection, checkfirst=True)
-            ledger._replay(connection)
-            if not ledger._rows:
-                body = {
-                    "budget": {"epsilon": budget.epsilon, "delta": budget.delta},
-                    "format": _FORMAT,
-                    "id": secrets.token_hex(16),
-                    "owner": owner,
-                }
-                ledger._append(connection, "open", 0, body)
-        if ledger.budget != budget or ledger.owner != owner:
-            raise BudgetMismatch(
-                f"{path} holds {ledger.budget} of {ledger.owner!r}, not {budget} of {owner!r}: a budget is fixed when its "
-                "ledger is made"
-            )
-        return ledger
+        if len(set(owners)) != len(owners):
+            raise PrivacyError("an owner is named twice: one charge would count for two")
+        store = Storage(where, lock_timeout=lock_timeout)
+        path = key or store.key_file
+        if path is None:
+            raise PrivacyError(f"ledgers in {store.name} need the path of their signing key")
+        store.create()
+        signing = SigningKey.load(path)
+        ledgers = tuple(cls(store, owner, signing) for owner in owners)
+        with store.transaction(write=False) as connection:
+            _catch_up(connection, ledgers)
+        order = RenyiFilter.for_budget(budget.epsilon, budget.delta).order if scope is Scope.LIFETIME else None
+        terms = {
+            "budget": {"epsilon": budget.epsilon, "delta": budget.delta},
+            "format": 2,
+            "renyi_order": order,  # none: PLD
+            "scope": scope.value,
+            "unit": unit,
+        }
+        if not all(ledger._rows for ledger in ledgers):
+            _write(store, (), ledgers, lambda: _first_rows(ledgers, path, terms))
+        for ledger in ledgers:
+            made = {name: ledger._terms[name] for name in terms}
+            if made != terms:
+                raise BudgetMismatch(
+                    f"{ledger._name} was made for {made}, not {terms}: a budget is fixed when its ledger is made"
+                )
+        return ledgers
 
     @classmethod
-    def read(cls, path: Path, *, lock_timeout: float = 5.0) -> Self:
-        """Open an existing ledger to look at; verifies every row.
+    def read(cls, where: str | Path, *, lock_timeout: float = 5.0) -> Self:
+        """Open the only ledger of a database to look at, as `read_all` does; BudgetMismatch if there are several."""
+        ledgers = cls.read_all(where, lock_timeout=lock_timeout)
+        if len(ledgers) > 1:
+            raise BudgetMismatch(f"{where} holds {len(ledgers)} ledgers; name an owner, for example {ledgers[0].owner!r}")
+        return ledgers[0]
+
+    @classmethod
+    def read_all(cls, where: str | Path, owners: Sequence[str] | None = None, *, lock_timeout: float = 5.0) -> tuple[Self, ...]:
+        """Open the existing ledgers of `owners`, or of everybody, to look at; verifies chains and their heads' signatures.
 
         Raises:
-            LedgerCorrupt: if there is no ledger or a row was edited.
-            LedgerLocked: if another process holds the file.
+            LedgerCorrupt: if there is no such ledger or a row was edited.
+            LedgerLocked: if another process holds the database.
         """
-        if not path.is_file():
-            raise LedgerCorrupt(f"there is no ledger at {path}")
-        ledger = cls(_engine(path, lock_timeout), path)
-        ledger.refresh()
-        if not ledger._rows:
-            raise LedgerCorrupt(f"{path} is empty: not even its budget is in it")
-        return ledger
+        store = Storage(where, lock_timeout=lock_timeout)
+        if store.file is not None and not store.file.is_file():
+            raise LedgerCorrupt(f"there is no ledger at {where}")
+        key = None if store.key_file is None else SigningKey.load(store.key_file)
+        ledgers = tuple(cls(store, owner, key) for owner in (store.owners() if owners is None else owners))
+        with store.transaction(write=False) as connection:
+            _catch_up(connection, ledgers)
+        empty = [ledger.owner for ledger in ledgers if not ledger._rows]
+        if empty or not ledgers:
+            raise LedgerCorrupt(f"{store.name} holds no ledger of {empty[0] if empty else 'anybody'}")
+        return ledgers
 
-    def refresh(self) -> None:
-        """Read and verify rows that other processes added."""
-        with self._transaction(write=False) as connection:
-            self._replay(connection)
+    def verify(self) -> None:
+        """Read everything again; check the chain and the signature of every row.
+
+        Raises:
+            LedgerCorrupt: if anything was edited, moved, inserted or deleted.
+        """
+        with self._store.transaction(write=False) as connection:
+            _catch_up(connection, [self])
+        for row in self._rows:
+            self._check_signature(row, self.public_key)
 
     @property
     def budget(self) -> Budget:
         """The ceiling, from row 0."""
-        return Budget(**self._rows[0].facts["budget"])
+        return Budget(**self._terms["budget"])
 
     @property
-    def owner(self) -> str:
-        """Whose budget it is, from row 0."""
-        return str(self._rows[0].facts["owner"])
+    def public_key(self) -> str:
+        """Ed25519 public key that signed every row, hexadecimal, from row 0."""
+        return str(self._terms["public_key"])
 
     @property
     def head(self) -> str:
         """Hash of the last row; whoever keeps it can notice a rolled-back ledger."""
         return self._rows[-1].hash
+
+    @property
+    def commitments(self) -> frozenset[str]:
+        """Commitments of all charges: one for every round key whose noise was paid for."""
+        return frozenset(self._charges)
 
     def contains(self, head: str) -> bool:
         """Whether `head` is the hash of a row: false for a ledger older than whoever saw that head."""
@@ -252,56 +266,63 @@ class Ledger:
 
     def spent(self) -> Spend:
         """Total charged so far, published or not."""
-        kinds = [row.kind for row in self._rows]
-        return Spend(
-            self._composition.epsilon(self.budget.delta),
-            self.budget.delta,
-            kinds.count("reserve"),
-            kinds.count("commit"),
-        )
+        delta = self.budget.delta
+        return Spend(self._total.epsilon(delta), delta, len(self._charges), len(self._published))
 
-    def reserve(self, charged: DpEvent, *, round: int, purpose: str, commitment: str) -> Permit:  # noqa: A002
-        """Charge one event of a round, durably, and issue its permit.
+    def sign(self, purpose: str, content: bytes) -> str:
+        """The ledger's signature of `content` for `purpose`; `signature_holds` checks it.
 
-        An interrupted round whose key still exists re-creates the same release; it shows that by the same commitment and gets a
-        permit for the charge it has already paid. Any other attempt is charged again.
+        Raises:
+            LedgerKeyLost: if the ledger's key is not here.
+        """
+        if self._key is None or self._key.public != self.public_key:
+            raise LedgerKeyLost(
+                f"the private key of {self._name} is not here (public key {self.public_key[:12]}): it can be read, but not "
+                "charged or signed for; restore the key's file"
+            )
+        return self._key.sign(purpose, content)
+
+    def reserve(self, charged: DpEvent, *, round: int, purpose: str, commitment: str) -> Permit:
+        """Charge one event of a round, durably, and issue its permit; arguments and errors are those of `charge_all`."""
+        (row,) = Ledger.charge_all([self], charged, round=round, purpose=purpose, commitment=commitment)
+        return Permit(_SEAL, row.serial, round, charged, commitment)
+
+    @staticmethod
+    def charge_all(
+        ledgers: Sequence[Ledger], charged: DpEvent, *, round: int, purpose: str, commitment: str
+    ) -> tuple[LedgerRow, ...]:
+        """Charge one event of a round to all of these ledgers or to none, durably, in one transaction.
+
+        An interrupted round whose key still exists re-creates the same release; it shows that by the same commitment and
+        is not charged twice. Any other attempt is charged again.
 
         Args:
+            ledgers: opened together.
             charged: the event.
             round: 1-based.
             purpose: what the release is for.
             commitment: SHA-256 of the round's key, 64 hexadecimal digits.
 
         Raises:
-            BudgetExhausted: if the composed epsilon would exceed the budget; nothing is written.
+            BudgetExhausted: if a composed epsilon would exceed its budget; nothing is written.
             RoundAlreadyReleased: if this round was published.
+            LedgerKeyLost: if a ledger's key is not here.
             PrivacyError: if the key was used for another round.
             StorageError: if the disk refuses; nothing is charged.
         """
         if not _COMMITMENT.fullmatch(commitment):
             raise PrivacyError("a commitment is 64 hexadecimal digits: the SHA-256 of the round's key")
-        body = {"commitment": commitment, "event": event_to_json(charged), "purpose": purpose}
-        with self._transaction(write=True) as connection:
-            self._replay(connection)
-            earlier = self._same_round(round, purpose)
-            if earlier is not None and earlier.body == _canonical(body):
-                return Permit(_SEAL, earlier.serial, round, charged, commitment)
-            if earlier is not None and isinstance(charged, NoOpDpEvent):
-                raise PrivacyError(
-                    f"round {round} was begun under another key and its release may be known: to repeat it, charge the whole run "
-                    "again; nothing was charged"
-                )
-            if any(row.kind == "reserve" and row.facts["commitment"] == commitment for row in self._rows):
-                raise PrivacyError(f"the key of round {round} was used before: its noise would repeat; nothing was charged")
-            after = self._composition.with_event(charged)
-            total, budget = after.epsilon(self.budget.delta), self.budget
-            if not total <= budget.epsilon:
-                raise BudgetExhausted(
-                    f"round {round} would take epsilon from {self.spent().epsilon:.4f} to {total:.4f}, over the budget of "
-                    f"{budget.epsilon:g} at delta {budget.delta:g}: nothing was released; the run ends here"
-                )
-            row = self._append(connection, "reserve", round, body)
-        return Permit(_SEAL, row.serial, round, charged, commitment)
+        store = ledgers[0]._store
+        if any(ledger._store is not store for ledger in ledgers):
+            raise PrivacyError("ledgers that were not opened together cannot be charged in one transaction")
+        body = canonical({"commitment": commitment, "event": event_to_json(charged), "purpose": purpose})
+
+        def due() -> list[LedgerRow]:
+            unpaid = [ledger for ledger in ledgers if not ledger._has_paid(charged, round, purpose, commitment, body)]
+            return [ledger._charge(charged, round, body) for ledger in unpaid]
+
+        _write(store, [ledger.owner for ledger in ledgers], ledgers, due)
+        return tuple(ledger._charges[commitment] for ledger in ledgers)
 
     def commit(self, serial: int) -> None:
         """Record that the release charged in row `serial` was published; a second time changes nothing.
@@ -309,114 +330,126 @@ class Ledger:
         Raises:
             PrivacyError: if that row is no charge.
         """
-        with self._transaction(write=True) as connection:
-            self._replay(connection)
+
+        def due() -> list[LedgerRow]:
             row = self._rows[serial] if 0 <= serial < len(self._rows) else None
             if row is None or row.kind != "reserve":
-                raise PrivacyError(f"row {serial} of {self._path} is no charge; nothing to commit")
-            if not self._committed(serial):
-                self._append(connection, "commit", row.round, {"of": serial, "purpose": row.facts["purpose"]})
+                raise PrivacyError(f"row {serial} of {self._name} is no charge; nothing to commit")
+            body = canonical({"of": serial, "purpose": row.facts["purpose"]})
+            return [] if serial in self._published else [self._next_row("commit", row.round, body)]
+
+        _write(self._store, [self.owner], [self], due)
 
     def pending(self) -> LedgerRow | None:
         """The last charge if it was not published: a round under way or interrupted."""
         last = next((row for row in reversed(self._rows) if row.kind == "reserve"), None)
-        return None if last is None or self._committed(last.serial) else last
+        return None if last is None or last.serial in self._published else last
 
-    def _committed(self, serial: int) -> bool:
-        return any(row.kind == "commit" and row.facts["of"] == serial for row in reversed(self._rows))
-
-    def _same_round(self, number: int, purpose: str) -> LedgerRow | None:
-        """The last charge of this round and purpose, if it was not published."""
-        found = None
-        for row in self._rows:
-            if row.round == number and row.kind != "open" and row.facts["purpose"] == purpose:
-                if row.kind == "commit":
-                    raise RoundAlreadyReleased(f"round {number} ({purpose}) was published; it is never released again")
-                found = row
-        return found
-
-    def _append(self, connection: Connection, kind: str, number: int, body: dict[str, Any]) -> LedgerRow:
-        serial, previous = len(self._rows), self.head if self._rows else _GENESIS
-        time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        unsigned = LedgerRow(serial, kind, number, _canonical(body), time, previous, "")
-        row = replace(unsigned, hash=unsigned.expected_hash())
-        connection.execute(insert(_TABLE).values(dict(zip(_TABLE.columns.keys(), _fields(row), strict=True))))
-        self._accept(row)
-        return row
-
-    def _replay(self, connection: Connection) -> None:
-        """Verify and take in the rows after those already known."""
-        stored = connection.execute(select(_TABLE).order_by(_TABLE.c.serial)).all()
-        if [tuple(r) for r in stored[: len(self._rows)]] != [_fields(row) for row in self._rows]:
-            raise LedgerCorrupt(f"{self._path}: rows changed or vanished while the ledger was open")
-        for record in stored[len(self._rows) :]:
-            self._accept(self._verified(record))
-
-    def _verified(self, record: Row[Any]) -> LedgerRow:
-        row, serial = LedgerRow(**record._mapping), len(self._rows)
-        previous = self.head if self._rows else _GENESIS
-        if row.serial != serial or row.previous != previous or row.hash != row.expected_hash():
-            raise LedgerCorrupt(
-                f"{self._path}: row {serial} was edited, moved or follows a deleted row; nothing can be charged to this "
-                "ledger: restore it from a backup that is not older than the last run"
+    def _has_paid(self, charged: DpEvent, number: int, purpose: str, commitment: str, body: str) -> bool:
+        if (number, purpose) in self._published.values():
+            raise RoundAlreadyReleased(f"round {number} ({purpose}) was published; it is never released again")
+        row = self._charges.get(commitment)
+        if row is not None and (row.round, row.body) != (number, body):
+            raise PrivacyError(f"the key of round {number} was used before: its noise would repeat; nothing was charged")
+        begun = any((r.round, r.facts["purpose"]) == (number, purpose) for r in self._charges.values())
+        if row is None and begun and isinstance(charged, NoOpDpEvent):
+            raise PrivacyError(
+                f"round {number} was begun under another key and its release may be known: to repeat it, charge the whole run "
+                "again; nothing was charged"
             )
-        if (row.kind == "open") != (serial == 0) or row.kind not in ("open", "reserve", "commit"):
-            raise LedgerCorrupt(f"{self._path}: row {serial} has the impossible kind {row.kind!r}")
-        return row
+        return row is not None
+
+    def _charge(self, charged: DpEvent, number: int, body: str) -> LedgerRow:
+        budget, spent = self.budget, self._total
+        total = spent.with_event(charged).epsilon(budget.delta)
+        if not total <= budget.epsilon:
+            raise BudgetExhausted(
+                f"round {number} would take {self.owner!r} from epsilon {spent.epsilon(budget.delta):.4f} to {total:.4f}, over "
+                f"the budget of {budget.epsilon:g} at delta {budget.delta:g} for {self._terms['scope']}: nothing was released; "
+                "the run ends here"
+            )
+        return self._next_row("reserve", number, body)
+
+    def _next_row(self, kind: str, number: int, body: str) -> LedgerRow:
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        row = LedgerRow(self.owner, len(self._rows), kind, number, body, time, self.head if self._rows else _GENESIS)
+        digest = row.expected_hash()
+        return replace(row, hash=digest, signature=self.sign("row", bytes.fromhex(digest)))
+
+    def _check(self, fresh: Sequence[LedgerRow]) -> None:
+        """Verify rows that follow the known ones; the signature of the last covers them all."""
+        previous = self.head if self._rows else _GENESIS
+        for serial, row in enumerate(fresh, start=len(self._rows)):
+            if row.serial != serial or row.previous != previous or row.hash != row.expected_hash():
+                raise LedgerCorrupt(
+                    f"row {serial} of {self._name} was edited, moved or follows a deleted row; nothing can be charged to it: "
+                    "restore it from a backup that is not older than the last run"
+                )
+            if (row.kind == "open") != (serial == 0) or row.kind not in ("open", "reserve", "commit"):
+                raise LedgerCorrupt(f"row {serial} of {self._name} has the impossible kind {row.kind!r}")
+            previous = row.hash
+        if fresh:
+            self._check_signature(fresh[-1], str((self._terms or fresh[0].facts).get("public_key")))
+
+    def _check_signature(self, row: LedgerRow, public: str) -> None:
+        if not signature_holds(public, "row", bytes.fromhex(row.hash), row.signature):
+            raise LedgerCorrupt(
+                f"row {row.serial} of {self._name} is not signed by its key: it was edited, or never written by this software"
+            )
 
     def _accept(self, row: LedgerRow) -> None:
+        """Take in a verified row that is in the database."""
         try:
-            if row.kind == "reserve":
-                self._composition = self._composition.with_event(event_from_json(row.facts["event"]))
+            facts = row.facts
+            if row.kind == "open":
+                order, self._terms = facts["renyi_order"], facts
+                self._total = Composition() if order is None else RenyiFilter(int(order))
+            elif row.kind == "reserve":
+                self._total = self._total.with_event(event_from_json(facts["event"]))
+                self._charges[facts["commitment"]] = row
+            else:
+                self._published[facts["of"]] = (row.round, facts["purpose"])
         except (UnsupportedEvent, KeyError, ValueError) as error:
-            raise LedgerCorrupt(f"{self._path}: row {row.serial} cannot be read: {error}") from error
+            raise LedgerCorrupt(f"row {row.serial} of {self._name} cannot be read: {error}") from error
         self._rows.append(row)
 
-    @contextmanager
-    def _transaction(self, *, write: bool) -> Iterator[Connection]:
-        """One transaction; its rows and composition are forgotten again if it does not reach the disk."""
-        rows, composition = list(self._rows), self._composition
-        try:
-            with self._engine.connect() as connection:
-                connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-                yield connection
-                connection.commit()
-        except BaseException as error:
-            self._rows, self._composition = rows, composition
-            if isinstance(error, OperationalError):
-                raise self._storage_error(error) from error
-            if isinstance(error, DatabaseError):
-                raise LedgerCorrupt(f"{self._path} is not a ledger: {error.orig}") from error
-            raise
 
-    def _storage_error(self, error: OperationalError) -> PrivacyError | StorageError:
-        text = str(error.orig)
-        if "locked" in text:
-            return LedgerLocked(f"another process holds {self._path}; wait for it to finish, then try again")
-        if "no such table" in text:
-            return LedgerCorrupt(f"{self._path} is not a ledger: {text}")
-        return StorageError(f"the ledger {self._path} cannot be written ({text}); nothing was charged or released")
+def _catch_up(connection: Connection, ledgers: Sequence[Ledger]) -> None:
+    """Compare stored rows with known ones, verify the rest and take it in.
+
+    One chain is compared whole; of many only what follows their known heads, or each round would cost more than the last.
+    """
+    if not ledgers:
+        return
+    start = {ledger.owner: 0 if len(ledgers) == 1 else max(len(ledger._rows) - 1, 0) for ledger in ledgers}
+    stored = ledgers[0]._store.rows(connection, start)
+    for ledger in ledgers:
+        rows, known = stored[ledger.owner], ledger._rows[start[ledger.owner] :]
+        if rows[: len(known)] != known:
+            raise LedgerCorrupt(f"rows of {ledger._name} changed or vanished while it was open")
+        fresh = rows[len(known) :]
+        ledger._check(fresh)
+        for row in fresh:
+            ledger._accept(row)
 
 
-def _fields(row: LedgerRow) -> tuple[Any, ...]:
-    return (row.serial, row.kind, row.round, row.body, row.time, row.previous, row.hash)
+def _write(store: Storage, locked: Sequence[str], ledgers: Sequence[Ledger], due: Callable[[], list[LedgerRow]]) -> None:
+    """Catch up and add the rows that are `due` then, in one transaction; they count once they are on disk."""
+    with store.transaction(write=True, owners=locked) as connection:
+        _catch_up(connection, ledgers)
+        rows = due()
+        store.insert(connection, rows)
+    by_owner = {ledger.owner: ledger for ledger in ledgers}
+    for row in rows:
+        by_owner[row.owner]._accept(row)
 
 
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _engine(path: Path, lock_timeout: float) -> Engine:
-    # isolation_level None: the driver begins no transaction of its own, so BEGIN IMMEDIATE above is the one.
-    engine = create_engine(
-        f"sqlite:///{path}",
-        poolclass=NullPool,
-        connect_args={"timeout": lock_timeout, "isolation_level": None},
-    )
-
-    @event.listens_for(engine, "connect")
-    def _durable(connection: Any, _: Any) -> None:
-        # A rollback journal with full synchronisation: a commit has reached the disk when it returns.
-        connection.execute("PRAGMA synchronous=FULL")
-
-    return engine
+def _first_rows(ledgers: Sequence[Ledger], path: Path, terms: Mapping[str, Any]) -> list[LedgerRow]:
+    new = [ledger for ledger in ledgers if not ledger._rows]
+    key = SigningKey.load(path)
+    if key is None and len(new) < len(ledgers):
+        raise LedgerKeyLost(f"{path} is missing, but some of these ledgers were signed with it: restore it from a backup")
+    key = key or SigningKey.create(path)
+    for ledger in new:
+        ledger._key, ledger._terms = key, {**terms, "public_key": key.public}
+    return [ledger._next_row("open", 0, canonical(ledger._terms)) for ledger in new]

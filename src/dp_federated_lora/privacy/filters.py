@@ -1,0 +1,64 @@
+"""What choices made in view of earlier outputs may cost: a Renyi filter at one order.
+
+A schedule fixed in advance composes by PLD (`Composition`). Over many runs the next run is chosen after the last one's
+result, and there the curve-wise PLD filter is invalid (arXiv 2602.06756), while the sum of Renyi divergences at one order
+that was fixed before the first event is a valid one (Feldman and Zrnic 2021, arXiv 2008.11193, Theorem 4.3).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Final, Self, final
+
+from dp_accounting import NeighboringRelation
+from dp_accounting.rdp import RdpAccountant
+from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
+
+from dp_federated_lora.privacy.accounting import DpEvent, gaussian_parts
+
+# Integer orders: the divergence of the sampled Gaussian is then a finite sum (Mironov et al. 2019, arXiv 1908.10530, 3.3).
+_ORDERS: Final = range(2, 4097)
+
+
+@lru_cache(maxsize=256)
+def _divergence(event: DpEvent, order: int) -> float:
+    accountant = RdpAccountant(orders=[order], neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+    return float(accountant.compose(event).rdp[0])
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RenyiFilter:
+    """Sum of Renyi divergences at one order; an event fits while the epsilon after it is within the budget.
+
+    Args:
+        order: alpha, an integer above 1, fixed before the first event.
+        divergence: sum so far, rounded up.
+    """
+
+    order: int
+    divergence: float = 0.0
+
+    @classmethod
+    def for_budget(cls, epsilon: float, delta: float) -> Self:
+        """The empty filter at the order that admits the most Gaussian releases; each costs in proportion to the order."""
+
+        def admitted(order: int) -> float:  # conversion: Canonne et al. 2020, arXiv 2004.00010, Proposition 12
+            return (epsilon - math.log1p(-1 / order) + math.log(delta * order) / (order - 1)) / order
+
+        return cls(max(_ORDERS, key=admitted))
+
+    def with_event(self, event: DpEvent) -> RenyiFilter:
+        """The filter after one more execution of `event`; this one stays as it is.
+
+        Raises:
+            UnsupportedEvent: if the event is not in the closed table.
+        """
+        gaussian_parts(event)
+        return replace(self, divergence=math.nextafter(self.divergence + _divergence(event, self.order), math.inf))
+
+    def epsilon(self, delta: float) -> float:
+        """Epsilon so far at `delta`; 0 for no event."""
+        return 0.0 if self.divergence == 0.0 else float(compute_epsilon([self.order], [self.divergence], delta)[0])
