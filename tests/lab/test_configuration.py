@@ -7,7 +7,7 @@ from dp_federated_lora.errors import ConfigError
 from dp_federated_lora.lab.config import Config, load_config, parse_config
 from dp_federated_lora.lab.recipes import recipe_names, recipe_text
 from dp_federated_lora.lab.workbench import privacy_plan, unit_notes
-from dp_federated_lora.privacy import state_privacy
+from dp_federated_lora.privacy import Spend, state_privacy
 
 Raw = dict[str, dict[str, object]]
 
@@ -148,7 +148,7 @@ def test_the_statement_says_what_an_example_is_where_texts_are_cut():
     raw["privacy"] |= {"unit": "example", "population": 50_000}
     raw["training"] = {}
     config = parse_config(raw, where="x")
-    rows = state_privacy(privacy_plan(config), epsilon=1.0, insecure=False, notes=unit_notes(config))
+    rows = state_privacy(privacy_plan(config), spend=Spend(1.0, 1e-5, 1, 1), insecure=False, notes=unit_notes(config))
     covered = [row for row in rows if row.epsilon is not None]
     assert covered
     assert all(any("at most 32 tokens" in assumption for assumption in row.assumptions) for row in covered)

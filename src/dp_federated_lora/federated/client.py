@@ -56,6 +56,7 @@ class Client:
         method: which factors are trained.
         local: local steps (client unit); None for the example unit.
         held_out: private examples that are never trained on, for evaluation.
+        tier: which of the plan's groups of budgets it belongs to.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Client:
     method: LinearMethod
     local: LocalSteps | None
     held_out: Examples
+    tier: int = 0
 
 
 def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom) -> BoundedSum:
@@ -92,15 +94,22 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
         return _scores(client, learner)
     trained = learner.model.train_only(client.method.factors_in(request.round))
     if plan.unit is PrivacyUnit.EXAMPLE:
-        chosen = plan.sampler.draw(len(client.examples), rng.derive("sample")).tolist()
+        chosen = plan.draw(len(client.examples), rng.derive("sample"), tier=client.tier).tolist()
         return example_gradient_sum(
-            learner, trained, client.examples, chosen, plan=plan, clip_norm=request.clip_norm, owner=client.name
+            learner,
+            trained,
+            client.examples,
+            chosen,
+            plan=plan,
+            clip_norm=request.clip_norm,
+            owner=client.name,
+            tier=client.tier,
         )
     if client.local is None:
         raise IncompatiblePlan("unit = client trains locally; [training] needs local steps")
     generator = torch.Generator().manual_seed(int(rng.derive("batches").uint64(1)[0] >> 1))
     update = local_update(learner, trained, client.examples, client.local, generator)
-    return plan.clip(update[None], request.clip_norm, [UnitId(client.name)])
+    return plan.clip(update[None], request.clip_norm, [UnitId(client.name)], tier=client.tier)
 
 
 def _scores(client: Client, learner: Learner) -> BoundedSum:

@@ -9,6 +9,7 @@ from typing import Protocol, final
 import torch
 
 from dp_federated_lora.aggregation import HEAD_ALONE, LinearMethod, ServerOptimizer
+from dp_federated_lora.errors import BudgetExhausted
 from dp_federated_lora.federated.checkpoint import ServerState
 from dp_federated_lora.federated.client import Purpose, Request
 from dp_federated_lora.lora import AdaptedModel
@@ -108,8 +109,13 @@ class Server:
         """Charge the next round, durably, before any message is sent.
 
         Raises:
-            BudgetExhausted: if it does not fit the budget.
+            BudgetExhausted: if it does not fit the budget, or a group's.
         """
+        if self.plan.tiers and ledger.spent().charges >= self.plan.rounds and key.commitment not in ledger.commitments:
+            raise BudgetExhausted(
+                f"every group's budget is planned for {self.plan.rounds} charges and all are made: nothing was released; the run "
+                "ends here"
+            )
         return ledger.reserve(self.plan.event, round=state.round + 1, purpose=Purpose.TRAINING.value, commitment=key.commitment)
 
     def run_round(self, state: ServerState, permit: Permit, exchange: Exchange, key: SecureRandom) -> tuple[ServerState, float]:
@@ -121,10 +127,9 @@ class Server:
         plan, number, clip_norm = self.plan, state.round + 1, state.clip_norm
         layout = self.layout_in(number)
         everyone = range(len(exchange.names))
+        cohort: Sequence[int] = everyone  # in the example unit each client samples its own examples
         if plan.unit is PrivacyUnit.CLIENT:
-            cohort = plan.sampler.draw(len(everyone), key.derive("cohort")).tolist()
-        else:
-            cohort = list(everyone)  # each client samples its own examples
+            cohort = plan.draw(len(everyone), key.derive("cohort")).tolist()
         request = Request(Purpose.TRAINING, number, plan.content_id, state.adapter, clip_norm)
         parts = exchange(request, cohort, key.derive("clients"))
         size, bound = layout.size + plan.extra_coordinates, plan.sensitivity(clip_norm)

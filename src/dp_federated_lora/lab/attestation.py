@@ -45,7 +45,7 @@ class Attestation:
         run = RunDirectory.existing(path)
         config, ledger = run.load_config(), Ledger.read(run.ledger)
         ledger.verify()
-        return cls(statement_at(config, privacy_plan(config), epsilon=ledger.spent().epsilon), config, ledger)
+        return cls(statement_at(config, privacy_plan(config), ledger.spent()), config, ledger)
 
     def signed(self) -> dict[str, Any]:
         """The statement with what it rests on, signed with the ledger's key; `verify_statement` checks it.

@@ -97,12 +97,26 @@ class FederationSection(_Section):
     columns: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
 
+class GroupSection(_Section):
+    """[[privacy.groups]]: participants with a budget of their own, in the order of participants.
+
+    `population` is their declared number of units; with unit = "client" it is `clients`.
+    """
+
+    epsilon: Positive
+    clients: Count
+    population: Count | None = None
+
+
 class PrivacySection(_Section):
     """[privacy]: the guarantee. `epsilon` is the dial; noise is calibrated from it.
 
     `population` is the declared, public number of units: with `sampling_rate` it sets the divisor, and it is never counted
     from data. Weaker budgets than epsilon 10 and delta 1e-5 need `allow_weak_privacy`. With `clip_quantile` the clip norm starts
     at `clip_norm` and follows that quantile of the units' norms; its price is part of each round's.
+
+    `groups` declare budgets of participants' own; the largest is `epsilon`. Whoever declared less takes part less often
+    (`personalisation` "sample"; `sampling_rate` is then the mean) or is clipped harder ("scale").
     """
 
     unit: Literal["example", "client"]
@@ -114,6 +128,8 @@ class PrivacySection(_Section):
     sampling_rate: Annotated[float, Field(gt=0, le=1)]
     rounds: Count
     population: Count | None = None
+    groups: Annotated[tuple[GroupSection, ...], Field(strict=False)] = ()
+    personalisation: Literal["sample", "scale"] = "sample"
     allow_weak_privacy: bool = False
 
 
@@ -245,6 +261,8 @@ class Config(_Section):
                 problems.append("evaluation.epsilon: is a part of privacy.epsilon and must be smaller, or training has no budget")
             if self.evaluation.every > privacy.rounds:
                 problems.append("evaluation.every: is larger than privacy.rounds, so nothing would ever be scored")
+        if privacy.groups:
+            problems += self._group_problems()
         if self.method.name in GATHERED:
             problems.append(
                 f"method.name: {self.method.name} {GATHERED[self.method.name]}, so its contribution is no sum and central noise "
@@ -252,6 +270,20 @@ class Config(_Section):
             )
         elif self.method.name not in ("ffa", "fedavg"):
             problems.append(f'method.name: unknown method {self.method.name!r}; use "ffa" or "fedavg"')
+        return problems
+
+    def _group_problems(self) -> list[str]:
+        privacy, problems = self.privacy, []
+        if sum(group.clients for group in privacy.groups) != self.federation.clients:
+            problems.append("privacy.groups: their clients must add up to federation.clients; every participant is in one group")
+        if max(group.epsilon for group in privacy.groups) != privacy.epsilon:
+            problems.append("privacy.groups: the largest epsilon of the groups must be privacy.epsilon")
+        if privacy.unit == "example" and sum(g.population or 0 for g in privacy.groups) != privacy.population:
+            problems.append('privacy.groups: with unit = "example" each has a population, and they add up to privacy.population')
+        if privacy.clip_quantile is not None or self.evaluation is not None:
+            problems.append(
+                "privacy.groups: cannot be combined with clip_quantile or [evaluation]: those cost all units the same"
+            )
         return problems
 
     def _task_problems(self) -> list[str]:

@@ -52,15 +52,24 @@ class LifetimeBudgets:
         """Those of a run, to look at."""
         return cls(() if config.ledger is None else Ledger.read_all(config.ledger.database, _owners(config)))
 
-    def charge(self, event: DpEvent, *, number: int, purpose: str, run: Ledger, commitment: str) -> None:
-        """Charge what round `number` of a run releases for `purpose` to every participant, or to none.
+    def charge(self, events: Sequence[DpEvent], *, number: int, purpose: str, run: Ledger, commitment: str) -> None:
+        """Charge what round `number` of a run releases for `purpose` to every participant; those with one event, or none of them.
+
+        Args:
+            events: what it costs each participant.
+            number: of the round.
+            purpose: what is released.
+            run: the ledger of the run.
+            commitment: of the release's key.
 
         Raises:
             BudgetExhausted: naming a participant whose budget is too small.
         """
-        if self._ledgers:
-            of_run = f"{purpose}, run {run.rows()[0].hash}"
-            Ledger.charge_all(self._ledgers, event, round=number, purpose=of_run, commitment=commitment)
+        of_run = f"{purpose}, run {run.rows()[0].hash}"
+        for event in dict.fromkeys(events):
+            alike = [ledger for ledger, own in zip(self._ledgers, events, strict=False) if own == event]
+            if alike:
+                Ledger.charge_all(alike, event, round=number, purpose=of_run, commitment=commitment)
 
     def check(self, run: Ledger) -> None:
         """Every charge of the run is in every participant's ledger, as participants are charged first.

@@ -7,7 +7,7 @@ from typing import Any, final
 
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.workbench import Workbench, privacy_plan, unit_notes
-from dp_federated_lora.privacy import PrivacyPlan, StatementRow, state_privacy
+from dp_federated_lora.privacy import PrivacyPlan, Spend, StatementRow, state_privacy
 from dp_federated_lora.vector import Layout
 
 
@@ -50,9 +50,9 @@ def statement_json(statement: tuple[StatementRow, ...]) -> list[dict[str, Any]]:
     return [asdict(row) | {"assumptions": list(row.assumptions)} for row in statement]
 
 
-def statement_at(config: Config, plan: PrivacyPlan, *, epsilon: float) -> tuple[StatementRow, ...]:
-    """The statement of a run of this configuration and plan that has spent `epsilon`."""
-    return state_privacy(plan, epsilon=epsilon, insecure=config.run.insecure_seed is not None, notes=unit_notes(config))
+def statement_at(config: Config, plan: PrivacyPlan, spend: Spend) -> tuple[StatementRow, ...]:
+    """The statement of a run of this configuration and plan that has spent `spend`."""
+    return state_privacy(plan, spend=spend, insecure=config.run.insecure_seed is not None, notes=unit_notes(config))
 
 
 def plan_run(config: Config) -> RunPlan:
@@ -60,7 +60,8 @@ def plan_run(config: Config) -> RunPlan:
     bench = Workbench.of(config)
     plan = privacy_plan(config)
     size = Layout.of(bench.model.parameters(bench.method.factors)).size
-    statement = statement_at(config, plan, epsilon=plan.epsilon_after(plan.rounds))
+    whole = Spend(plan.epsilon_after(plan.rounds), plan.budget.delta, plan.rounds, plan.rounds)
+    statement = statement_at(config, plan, whole)
     return RunPlan(
         privacy=plan,
         trainable_parameters=size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.ledgers import LifetimeBudgets
 from dp_federated_lora.lab.planning import statement_at, statement_json
-from dp_federated_lora.lab.workbench import Workbench, data_id, head_scale, privacy_plan, server_optimizer
+from dp_federated_lora.lab.workbench import Workbench, data_id, head_scale, participant_tiers, privacy_plan, server_optimizer
 from dp_federated_lora.monitoring.log import open_log
 from dp_federated_lora.monitoring.metrics import MetricsFile, read_metrics
 from dp_federated_lora.monitoring.report import TRAINED_SHARE, render_report
@@ -121,6 +121,8 @@ class _Run:
         )
         self._ledger = Ledger.open(directory.ledger, budget=self._plan.budget, owner=OWNER)
         self._lifetime = LifetimeBudgets.open(config)
+        by_tier = [self._plan.event_of(tier) for tier in self._plan.tiers] or [self._plan.event]
+        self._training_events = [by_tier[tier] for tier in participant_tiers(config)]
         self._stopped: str | None = None
         self._recover()
 
@@ -184,7 +186,7 @@ class _Run:
     def _round(self) -> None:
         number = self._state.round + 1
         key = self._keys.open_round(number, insecure_seed=self._config.run.insecure_seed)
-        self._charge_lifetimes(self._plan.event, Purpose.TRAINING, number, key)
+        self._charge_lifetimes(self._training_events, Purpose.TRAINING, number, key)
         permit = self._server.reserve(self._state, self._ledger, key)
         clip_norm = self._state.clip_norm
         self._state, update_norm = self._server.run_round(self._state, permit, self._simulator, key)
@@ -206,18 +208,18 @@ class _Run:
         if evaluation is None or not evaluation.due(number):
             return {}
         key = key.derive(Purpose.EVALUATION.value)
-        self._charge_lifetimes(evaluation.event, Purpose.EVALUATION, number, key)
+        self._charge_lifetimes([evaluation.event] * len(self._training_events), Purpose.EVALUATION, number, key)
         permit = self._ledger.reserve(evaluation.event, round=number, purpose=Purpose.EVALUATION.value, commitment=key.commitment)
         scores = self._server.evaluate(self._state, evaluation, permit, self._simulator, key)
         self._ledger.commit(permit.serial)
         return scores
 
-    def _charge_lifetimes(self, event: DpEvent, purpose: Purpose, number: int, key: SecureRandom) -> None:
-        self._lifetime.charge(event, number=number, purpose=purpose.value, run=self._ledger, commitment=key.commitment)
+    def _charge_lifetimes(self, events: Sequence[DpEvent], purpose: Purpose, number: int, key: SecureRandom) -> None:
+        self._lifetime.charge(events, number=number, purpose=purpose.value, run=self._ledger, commitment=key.commitment)
 
     def _write_results(self) -> TrainResult:
         directory, config, spend = self._directory, self._config, self._ledger.spent()
-        statement = statement_at(config, self._plan, epsilon=spend.epsilon)
+        statement = statement_at(config, self._plan, spend)
         self._on_phase("scoring the test data", 0)
         self._bench.model.load(self._state.adapter)
         test = self._bench.test_examples()

@@ -28,6 +28,7 @@ from dp_federated_lora.lora import AdaptedModel, Task, adapt, load_backbone
 from dp_federated_lora.privacy import (
     AdaptiveClip,
     Budget,
+    Personalisation,
     PrivacyPlan,
     PrivacyUnit,
     PrivateEvaluation,
@@ -50,7 +51,15 @@ def privacy_plan(config: Config) -> PrivacyPlan:
         clip_norm=privacy.clip_norm,
         adaptive_clip=_adaptive_clip(config),
         evaluation=_private_evaluation(config),
+        groups=[(Budget(group.epsilon, privacy.delta), group.population or group.clients) for group in privacy.groups],
+        personalisation=Personalisation(privacy.personalisation),
     )
+
+
+def participant_tiers(config: Config) -> list[int]:
+    """The group of budgets of each simulated participant; public."""
+    groups = config.privacy.groups
+    return [number for number, group in enumerate(groups) for _ in range(group.clients)] or [0] * config.federation.clients
 
 
 def _private_evaluation(config: Config) -> PrivateEvaluation | None:
@@ -203,11 +212,11 @@ class Workbench:
         else:
             parts = iid(len(table), federation.clients, self.config.run.seed)
         clients = []
-        for name, part in zip(participant_names(self.config), parts, strict=True):
+        for name, tier, part in zip(participant_names(self.config), participant_tiers(self.config), parts, strict=True):
             examples, evaluation = self.tokenize(_rows(table, part)), self.config.evaluation
             rest, held_out = examples.split(0.0 if evaluation is None else evaluation.holdout, self.config.run.seed)
             local = local_steps(self.config)
-            clients.append(Client(name=name, examples=rest, plan=plan, method=self.method, local=local, held_out=held_out))
+            clients.append(Client(name, rest, plan, self.method, local, held_out, tier))
         return clients
 
     def test_examples(self, source: str | None = None, *, limit: int | None = None) -> Examples | None:

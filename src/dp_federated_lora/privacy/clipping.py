@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Final, final
 
 import torch
@@ -44,19 +45,27 @@ def clip_to(vector: Tensor, clip_norm: float, unit_id: UnitId) -> Bounded:
     return seal(_to_lattice(vector[None], clip_norm)[0], clip_norm, unit_id)
 
 
-def clip_examples(rows: Tensor, clip_norm: float, units: Sequence[UnitId]) -> BoundedSum:
-    """Clip every row of `rows` `(B, d)`, one per unit, and sum them.
+def clip_examples(rows: Tensor, clip_norm: float, units: Sequence[UnitId], *, share: float = 1.0) -> BoundedSum:
+    """Clip every row of `rows` `(B, d)`, one per unit, to `share` of the clip norm, and sum them.
+
+    Args:
+        rows: one per unit.
+        clip_norm: of the whole sum; sets the lattice.
+        units: distinct.
+        share: in (0, 1]; below 1 for units that pay less than others.
 
     Raises:
-        PrivacyError: if rows and units differ in number or units repeat.
+        PrivacyError: if rows and units differ in number, units repeat, or the share is out of range.
     """
+    if not 0.0 < share <= 1.0:
+        raise PrivacyError(f"a share of the clip norm lies in (0, 1], got {share}")
     distinct = frozenset(units)
     if rows.ndim != 2 or rows.shape[0] != len(units) or len(distinct) != len(units):
         raise PrivacyError(
             f"{tuple(rows.shape)} rows for {len(units)} units of which {len(distinct)} are distinct: "
             "each unit gives exactly one row"
         )
-    return seal_sum(_to_lattice(rows, clip_norm).sum(dim=0), clip_norm, distinct)
+    return seal_sum(_to_lattice(rows, clip_norm, share).sum(dim=0), clip_norm, distinct)
 
 
 @final
@@ -119,16 +128,17 @@ class AdaptiveClip:
         return clip_norm * math.exp(-self.learning_rate * (unclipped - self.quantile))
 
 
-def _to_lattice(rows: Tensor, clip_norm: float) -> Tensor:
-    """Integers (B, d): each row scaled to norm <= 2^22, rounded towards zero, verified exactly."""
+def _to_lattice(rows: Tensor, clip_norm: float, share: float = 1.0) -> Tensor:
+    """Integers (B, d): each row scaled to norm <= share 2^22, rounded towards zero, verified exactly."""
     rows = rows.detach()
     # Squares of float32 values overflow float32 from 1e19 on, never float64.
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    scale = torch.where(norms > clip_norm, clip_norm / norms, torch.ones_like(norms)) / resolution(clip_norm)
+    bound = share * clip_norm
+    scale = torch.where(norms > bound, bound / norms, torch.ones_like(norms)) / resolution(clip_norm)
     scaled = rows.to(torch.float64) * scale[:, None]
     usable = torch.isfinite(norms)  # the norm is non-finite if any coordinate is
     lattice = torch.where(usable[:, None], scaled, 0.0).trunc().to(torch.int64)
-    too_long = (lattice * lattice).sum(dim=1) > _SQUARED_BOUND
+    too_long = (lattice * lattice).sum(dim=1) > math.floor(Fraction(share) ** 2 * _SQUARED_BOUND)
     # Rounding of the scale can leave an excess of parts in 1e16; one lattice step off every coordinate removes it.
     shrunk = lattice - lattice.sign()
     return torch.where(too_long[:, None], shrunk, lattice)

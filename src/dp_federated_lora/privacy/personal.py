@@ -63,11 +63,11 @@ def personal_tiers(
     """
     if not budgets or any(units < 1 for _, units in budgets):
         raise IncompatiblePlan("personal budgets need at least one group, and a positive public number of units in each")
+    multipliers = [
+        calibrate_noise_multiplier(epsilon=b.epsilon, delta=b.delta, sampling_rate=sampling_rate, rounds=rounds)
+        for b, _ in budgets
+    ]
     if variant is Personalisation.SCALE:
-        multipliers = [
-            calibrate_noise_multiplier(epsilon=b.epsilon, delta=b.delta, sampling_rate=sampling_rate, rounds=rounds)
-            for b, _ in budgets
-        ]
         least = min(multipliers)
         return least, tuple(
             Tier(budget, units, sampling_rate, least / z) for (budget, units), z in zip(budgets, multipliers, strict=True)
@@ -81,10 +81,6 @@ def personal_tiers(
         return sum(q * units for q, (_, units) in zip(rates(z), budgets, strict=True)) / total - sampling_rate
 
     # Between the noise that the most generous and the most careful budget alone would ask for, the mean rate reaches q.
-    ends = [
-        calibrate_noise_multiplier(epsilon=b.epsilon, delta=b.delta, sampling_rate=sampling_rate, rounds=rounds)
-        for b, _ in budgets
-    ]
     # The ends move out by more than the tolerance of rates and multipliers, so that the root lies between them.
-    z = float(brentq(excess, 0.998 * min(ends), 1.002 * max(ends), rtol=1e-4))
+    z = float(brentq(excess, 0.998 * min(multipliers), 1.002 * max(multipliers), rtol=1e-4))
     return z, tuple(Tier(budget, units, q, 1.0) for (budget, units), q in zip(budgets, rates(z), strict=True))

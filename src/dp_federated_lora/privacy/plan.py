@@ -8,8 +8,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
+from itertools import accumulate
 from typing import Final, Self, final
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dp_federated_lora.errors import IncompatiblePlan
@@ -17,8 +20,10 @@ from dp_federated_lora.privacy.accounting import Composition, DpEvent, calibrate
 from dp_federated_lora.privacy.bounded import BoundedSum, UnitId
 from dp_federated_lora.privacy.clipping import AdaptiveClip, clip_examples
 from dp_federated_lora.privacy.evaluation import PrivateEvaluation
-from dp_federated_lora.privacy.ledger import Budget
+from dp_federated_lora.privacy.ledger import Budget, Spend
 from dp_federated_lora.privacy.mechanisms import GaussianMechanism
+from dp_federated_lora.privacy.personal import Personalisation, Tier, personal_tiers
+from dp_federated_lora.privacy.rng import SecureRandom
 from dp_federated_lora.privacy.sampling import PoissonSampler
 
 RELATION: Final = "add or remove one"
@@ -75,6 +80,7 @@ class PrivacyPlan:
         budget: the ceiling that the ledger enforces.
         adaptive_clip: how the clip norm follows the data, inside what a round costs; None keeps it.
         evaluation: scores on held-out private data, charged to the same budget; None for none.
+        tiers: groups of units with declared budgets of their own, in the order of participants; empty where all have `budget`.
 
     Raises:
         IncompatiblePlan: if a field is out of range or the rounds cannot fit the budget.
@@ -90,6 +96,7 @@ class PrivacyPlan:
     budget: Budget
     adaptive_clip: AdaptiveClip | None = None
     evaluation: PrivateEvaluation | None = None
+    tiers: tuple[Tier, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -104,6 +111,13 @@ class PrivacyPlan:
                 f"{self.rounds} rounds at noise multiplier {self.mechanism.noise_multiplier:.4g} cost epsilon "
                 f"{planned:.4g}, more than the budget {self.budget.epsilon:.4g}: raise the noise or lower the rounds"
             )
+        if self.tiers and (self.adaptive_clip is not None or self.evaluation is not None):
+            raise IncompatiblePlan("budgets of groups are planned for training with a fixed clip norm alone")
+        for tier in self.tiers:
+            if (spent := self.epsilon_of(tier, self.rounds)) > tier.budget.epsilon:
+                raise IncompatiblePlan(f"{self.rounds} rounds cost a unit of {tier} epsilon {spent:.4g}")
+        if self.tiers and self.event not in [self.event_of(tier) for tier in self.tiers]:
+            raise IncompatiblePlan("the ledger of the run is charged for its dearest group, and no group has the plan's event")
 
     @classmethod
     def calibrated(
@@ -117,6 +131,8 @@ class PrivacyPlan:
         clip_norm: float,
         adaptive_clip: AdaptiveClip | None = None,
         evaluation: PrivateEvaluation | None = None,
+        groups: Sequence[tuple[Budget, int]] = (),
+        personalisation: Personalisation = Personalisation.SAMPLE,
     ) -> Self:
         """The plan with the least noise that keeps `rounds` rounds within `budget`.
 
@@ -129,20 +145,27 @@ class PrivacyPlan:
             clip_norm: C.
             adaptive_clip: how C follows the data.
             evaluation: scores on held-out data; training gets the noise that leaves room for them.
+            groups: declared budgets with their public numbers of units; then q is the mean sampling rate.
+            personalisation: what differs between groups.
         """
         if population < 1:
             raise IncompatiblePlan(f"population is a positive public number of units, got {population}")
-        z = calibrate_noise_multiplier(
-            epsilon=budget.epsilon,
-            delta=budget.delta,
-            sampling_rate=sampling_rate,
-            rounds=rounds,
-            beside=() if evaluation is None else ((evaluation.event, rounds // evaluation.every),),
-        )
+        rate, tiers = sampling_rate, tuple[Tier, ...]()
+        if groups:
+            z, tiers = personal_tiers(groups, variant=personalisation, sampling_rate=sampling_rate, rounds=rounds)
+            rate = max(tier.sampling_rate for tier in tiers)
+        else:
+            z = calibrate_noise_multiplier(
+                epsilon=budget.epsilon,
+                delta=budget.delta,
+                sampling_rate=sampling_rate,
+                rounds=rounds,
+                beside=() if evaluation is None else ((evaluation.event, rounds // evaluation.every),),
+            )
         return cls(
             unit=unit,
             trust=Trust.CENTRAL,
-            sampler=PoissonSampler(sampling_rate),
+            sampler=PoissonSampler(rate),
             clip_norm=clip_norm,
             mechanism=GaussianMechanism(z),
             rounds=rounds,
@@ -150,12 +173,41 @@ class PrivacyPlan:
             budget=budget,
             adaptive_clip=adaptive_clip,
             evaluation=evaluation,
+            tiers=tiers,
         )
 
     @property
     def event(self) -> DpEvent:
         """What training costs in one round; known before any data is touched."""
         return self.sampler.amplify(self.mechanism.event)
+
+    def event_of(self, tier: Tier) -> DpEvent:
+        """What training costs a unit of `tier` in one round."""
+        sampler = PoissonSampler(tier.sampling_rate)
+        return sampler.amplify(GaussianMechanism(self.mechanism.noise_multiplier / tier.clip_share).event)
+
+    def epsilon_of(self, tier: Tier, rounds: int) -> float:
+        """Pessimistic epsilon of `rounds` rounds for a unit of `tier`, at that tier's delta; 0 for none."""
+        composition = Composition()
+        if rounds:
+            composition.add(self.event_of(tier), rounds)
+        return composition.epsilon(tier.budget.delta)
+
+    def draw(self, population: int, rng: SecureRandom, *, tier: int | None = None) -> NDArray[np.int64]:
+        """Indices of units that take part: of a population in the order of tiers, or one of a single tier."""
+        if not self.tiers:
+            return self.sampler.draw(population, rng)
+        if tier is not None:
+            return PoissonSampler(self.tiers[tier].sampling_rate).draw(population, rng)
+        if sum(each.units for each in self.tiers) != population:
+            raise IncompatiblePlan(f"groups of {[each.units for each in self.tiers]} units are no population of {population}")
+        starts = accumulate((each.units for each in self.tiers), initial=0)
+        return np.concatenate(
+            [
+                start + self.draw(each.units, rng.derive(number), tier=number)
+                for number, (start, each) in enumerate(zip(starts, self.tiers, strict=False))
+            ]
+        )
 
     @property
     def content_id(self) -> str:
@@ -181,10 +233,11 @@ class PrivacyPlan:
         z = self.mechanism.noise_multiplier
         return clip_norm if self.adaptive_clip is None else self.adaptive_clip.sensitivity(clip_norm, z)
 
-    def clip(self, rows: Tensor, clip_norm: float, units: Sequence[UnitId]) -> BoundedSum:
-        """Sum of the contributions of distinct units, rows `(B, d)`, each bounded by `sensitivity(clip_norm)`."""
+    def clip(self, rows: Tensor, clip_norm: float, units: Sequence[UnitId], *, tier: int = 0) -> BoundedSum:
+        """Sum of the contributions of distinct units of one tier, rows `(B, d)`, each bounded by `sensitivity(clip_norm)`."""
         if self.adaptive_clip is None:
-            return clip_examples(rows, clip_norm, units)
+            share = self.tiers[tier].clip_share if self.tiers else 1.0
+            return clip_examples(rows, clip_norm, units, share=share)
         return self.adaptive_clip.clip(rows, clip_norm, self.mechanism.noise_multiplier, units)
 
     def clip_norm_after(self, clip_norm: float, extra: Tensor) -> float:
@@ -198,31 +251,37 @@ class PrivacyPlan:
         return self.mechanism.noise_multiplier * self.sensitivity(clip_norm) * math.sqrt(size) / self.divisor
 
 
-def state_privacy(plan: PrivacyPlan, *, epsilon: float, insecure: bool, notes: tuple[str, ...] = ()) -> tuple[StatementRow, ...]:
-    """The statement for a total spend of `epsilon` (planned or executed) at the plan's delta.
+def state_privacy(plan: PrivacyPlan, *, spend: Spend, insecure: bool, notes: tuple[str, ...] = ()) -> tuple[StatementRow, ...]:
+    """The statement for what was spent, in execution or in plan.
 
     Args:
         plan: what was or will be executed.
-        epsilon: the composed spend.
+        spend: the composed total and the number of charges.
         insecure: noise or cohorts came from a seed; then no row claims anything.
         notes: what the unit means for this data; said in every row that claims something.
     """
     coins = "each unit takes part by independent secret coins (Poisson); nobody else learns who took part in a round"
     server = "the server computes sums and noise as this software does, and keeps un-noised values to itself"
     seed = ("NOT PRIVATE: noise and sampling came from a fixed seed that anyone can repeat",)
+    protected = [(plan.unit.value, spend.epsilon, spend.delta)]
+    if plan.tiers:
+        units = [f"{plan.unit.value} (declared epsilon {tier.budget.epsilon:g})" for tier in plan.tiers]
+        epsilons = [plan.epsilon_of(tier, spend.charges) for tier in plan.tiers]
+        protected = [(unit, e, tier.budget.delta) for unit, e, tier in zip(units, epsilons, plan.tiers, strict=True)]
     covered = tuple(
         StatementRow(
             adversary=adversary,
-            unit=plan.unit.value,
+            unit=unit,
             relation=RELATION,
             epsilon=None if insecure else epsilon,
-            delta=None if insecure else plan.budget.delta,
+            delta=None if insecure else delta,
             assumptions=seed if insecure else (server, coins, *notes, *extra),
         )
         for adversary, extra in (
             ("recipients of the model", ()),
             ("other participants", ("they see every global adapter of the run; all of them are charged",)),
         )
+        for unit, epsilon, delta in protected
     )
     return (
         *covered,
