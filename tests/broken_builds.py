@@ -37,6 +37,15 @@ EVERYONE = a_plan(sampler=PoissonSampler(1.0), mechanism=GaussianMechanism(1.0),
 SAMPLED = a_plan(sampler=PoissonSampler(0.25), mechanism=GaussianMechanism(2.0), rounds=16)
 
 
+@dataclass(frozen=True, slots=True)
+class Build:
+    """A plan, what is wrong with its execution, and how that is made."""
+
+    plan: PrivacyPlan
+    wrong: str
+    broken: Callable[[], AbstractContextManager[object]]
+
+
 class Sites:
     """An exchange whose clients always send the same vectors."""
 
@@ -70,10 +79,11 @@ def run(plan: PrivacyPlan, sites: Sites, wrap: Wrap, ledger_path: Path, seed: in
     return ledger.spent().epsilon, notes
 
 
-def with_canaries(plan: PrivacyPlan, folder: Path, *, seed: int, confidence: float, canaries: int = 2000) -> Verdict:
-    audit = CanaryAudit(canaries, SecureRandom.insecure_from(seed).derive("audit"))
-    epsilon, _ = run(plan, Sites(plan, updates(5)), audit.wrap, folder / f"canaries{seed}.sqlite", seed)
-    return judge(audit, plan, claimed=epsilon, rounds=plan.rounds, confidence=confidence)
+def with_canaries(plan: PrivacyPlan, ledger_path: Path, *, seed: int) -> Verdict:
+    """What 2,000 canaries among five sites show at 95 %."""
+    audit = CanaryAudit(2000, SecureRandom.insecure_from(seed).derive("audit"))
+    epsilon, _ = run(plan, Sites(plan, updates(5)), audit.wrap, ledger_path, seed)
+    return judge(audit, plan, claimed=epsilon, rounds=plan.rounds, confidence=0.95)
 
 
 def with_neighbours(plan: PrivacyPlan, folder: Path, last: Tensor, *, seed: int = 1) -> Difference:
@@ -82,7 +92,8 @@ def with_neighbours(plan: PrivacyPlan, folder: Path, last: Tensor, *, seed: int 
     for count in (5, 6):
         transcript = Transcript(replay=transcripts[0] if transcripts else None)
         sites = Sites(plan, [*updates(5), last][:count])
-        _, notes = run(plan, sites, transcript.wrap, folder / f"neighbours{count}.sqlite", seed)
+        ledger_path = folder / f"{len(list(folder.iterdir()))}.sqlite"
+        _, notes = run(plan, sites, transcript.wrap, ledger_path, seed)
         transcript.reports += notes.reports
         transcripts.append(transcript)
     return compare(*transcripts, plan)
@@ -97,6 +108,27 @@ def hostile() -> Tensor:
     return torch.cat([torch.tensor([1e9, float("nan")]), torch.zeros(D - 2)])
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What all audits say about a build."""
+
+    verdict: Verdict
+    influence: float
+    hostile_influence: float
+    caught_by: tuple[str, ...]
+
+
+def audits(build: Build, folder: Path, *, seed: int = 1) -> Found:
+    """Attack a build: canaries at 95 %, and replays without one unit of either kind."""
+    with build.broken():
+        verdict = with_canaries(build.plan, folder / "canaries.sqlite", seed=seed)
+        replay = with_neighbours(build.plan, folder, ordinary(), seed=seed)
+        attack = with_neighbours(build.plan, folder, hostile(), seed=seed)
+    named = {"canaries": verdict, "replay": replay, "replay, hostile unit": attack}
+    caught = tuple(name for name, result in named.items() if not result.passed)
+    return Found(verdict, replay.influence, attack.influence, caught)
+
+
 # --- the builds -----------------------------------------------------------------------------------
 
 _gaussian = SecureRandom.rounded_gaussian
@@ -104,7 +136,7 @@ _lattice = clipping._to_lattice
 _release = GaussianMechanism.release
 
 
-def _noise_times(factor: float) -> AbstractContextManager[object]:
+def noise_times(factor: float) -> AbstractContextManager[object]:
     def less(self: SecureRandom, sigma: float, n: int) -> object:
         return _gaussian(self, factor * sigma, n) if factor else np.zeros(n, dtype=np.int64)
 
@@ -141,28 +173,19 @@ def _always_available() -> AbstractContextManager[object]:
     return patch.object(PoissonSampler, "draw", lambda self, population, rng: np.arange(population))
 
 
-@dataclass(frozen=True, slots=True)
-class Build:
-    """A plan, what is wrong with its execution, and how that is made."""
-
-    plan: PrivacyPlan
-    wrong: str
-    broken: Callable[[], AbstractContextManager[object]]
-
-
 INTACT = {
     "intact": Build(EVERYONE, "nothing", nullcontext),
     "intact, sampled": Build(SAMPLED, "nothing", nullcontext),
 }
 BROKEN = {
-    "no noise": Build(EVERYONE, "the sum is released as it is", lambda: _noise_times(0.0)),
-    "half noise": Build(EVERYONE, "half the standard deviation that is charged", lambda: _noise_times(0.5)),
+    "no noise": Build(EVERYONE, "the sum is released as it is", lambda: noise_times(0.0)),
+    "half noise": Build(EVERYONE, "half the standard deviation that is charged", lambda: noise_times(0.5)),
     "clip off": Build(EVERYONE, "contributions enter the sum at full length", lambda: _clip_by(_unclipped)),
     "divisor from private size": Build(EVERYONE, "the noised sum is divided by the number of replies", _divide_by_replies),
     "noise after averaging": Build(
         SAMPLED,
         "noise is added to the mean with the standard deviation for a mean over the population, not the cohort",
-        lambda: _noise_times(SAMPLED.sampler.sampling_rate),
+        lambda: noise_times(SAMPLED.sampler.sampling_rate),
     ),
     "two factors, one charge": Build(
         EVERYONE, "each factor is clipped and noised, one is accounted for", lambda: _clip_by(_clip_each_factor)
