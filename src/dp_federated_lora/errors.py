@@ -107,5 +107,9 @@ class CheckpointError(DpflError):
     """A checkpoint is missing, damaged, of another configuration, or older than the ledger."""
 
 
+class AuditError(DpflError):
+    """An audit cannot say anything: too few canaries, an impossible confidence or count, or colliding names."""
+
+
 class RunInterrupted(DpflError):
     """The run was asked to stop (SIGINT, SIGTERM) and stopped cleanly between two rounds."""

@@ -33,7 +33,7 @@ def config_file(raw_config: Raw, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["recipes"], ["init"], ["plan"], ["train"], ["evaluate"], ["ledger", "show"], ["ledger", "verify"]]
+    "command", [[], ["recipes"], ["init"], ["plan"], ["train"], ["evaluate"], ["audit"], ["ledger", "show"], ["ledger", "verify"]]
 )
 def test_every_command_has_help_with_an_example(command: list[str]):
     text = run(*command, "--help")

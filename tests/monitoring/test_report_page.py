@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dp_federated_lora.monitoring.report import render_report
+from dp_federated_lora.monitoring.report import AuditFigures, render_report
 from dp_federated_lora.monitoring.statement import NOT_PRIVATE, row_in_words
 
 
@@ -179,3 +179,16 @@ def test_no_text_can_change_the_structure_of_the_page(page, report, row, text):
     kept = "".join("\ufffd" if re.match(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", c) else c for c in text)
     assert parsed.texts["h1"] == [kept]
     assert parsed.texts["pre"] == [kept]
+
+
+def test_an_audit_shows_the_claim_beside_what_was_shown_and_says_which_is_larger(page):
+    assert "Audit" not in page()
+    passed = page(audit=AuditFigures(claimed=2.94001, lower_bound=1.23456, confidence=0.95, canaries=1000))
+    assert "2.941" in passed  # a claim is rounded up, what was shown is rounded down
+    assert "1.234" in passed
+    assert "with 1,000 canaries, at 0.95 confidence: PASS" in passed
+    failed = page(audit=AuditFigures(claimed=1.0, lower_bound=2.0, confidence=0.99, canaries=100))
+    assert "at 0.99 confidence: FAIL" in failed
+    assert Page(failed).open == []
+    nothing = page(audit=AuditFigures(claimed=1.0, lower_bound=0.0, confidence=0.95, canaries=100))
+    assert '<dd class="value">0</dd>' in nothing

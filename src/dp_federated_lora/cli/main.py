@@ -147,6 +147,44 @@ def evaluate(
     print_json(metrics) if as_json else show(f"{run}", {k: f"{v:.4f}" for k, v in metrics.items()})
 
 
+@app.command(epilog="Example: dpfl audit newswire.toml --canaries 1000   or   dpfl audit runs/first")
+def audit(
+    target: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A configuration file, or a run to take it from.")],
+    out: Annotated[Path | None, typer.Option(help="The new run directory; default runs/audit-NAME.")] = None,
+    canaries: Annotated[int, typer.Option(help="Known contributions; half of them take part.")] = 1000,
+    confidence: Annotated[float, typer.Option(help="Of the lower bound.")] = 0.95,
+    as_json: AsJson = False,
+) -> None:
+    """Train with canaries in a new directory; exit code 1 if they show more than the claimed epsilon."""
+    from dp_federated_lora.lab.auditing import audit as audit_run  # noqa: PLC0415
+    from dp_federated_lora.lab.auditing import audit_directory, audited_config  # noqa: PLC0415
+    from dp_federated_lora.monitoring.progress import ProgressBoard  # noqa: PLC0415
+
+    settings, where = audited_config(target), out or audit_directory(target)
+    with ProgressBoard(budget_epsilon=settings.privacy.epsilon) as board:
+        result = audit_run(
+            settings, out=where, canaries=canaries, confidence=confidence, on_round=board.update, on_phase=board.show_phase
+        )
+    found = result.verdict
+    if as_json:
+        print_json({"run": str(result.path), **found.as_json()})
+    else:
+        guesses, estimate = found.guesses, found.estimate
+        show(
+            f"Audit: {result.path}",
+            {
+                "claimed epsilon": f"{found.claimed:.4f} at delta {found.delta:g}",
+                f"lower bound ({confidence:.4g})": f"{found.lower_bound:.4f}",
+                "bound, one run, any mechanism": f"{found.one_run:.4f}",
+                "bound, one run, this mechanism": f"{found.f_dp:.4f}",
+                "estimate (no bound)": f"{estimate.epsilon:.4f}, at least {estimate.low:.4f}" if estimate else "none",
+                "canaries": f"{guesses.canaries:,}: {guesses.correct} of {guesses.guesses} guesses correct",
+                "verdict": "PASS" if found.passed else "FAIL: more was shown than is claimed",
+            },
+        )
+    raise typer.Exit(0 if found.passed else 1)
+
+
 def main() -> None:
     """Entry point: errors become one message and an exit code (130 when interrupted, 2 otherwise)."""
     try:

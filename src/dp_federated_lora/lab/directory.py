@@ -25,6 +25,7 @@ class RunDirectory:
         self.config = path / "config.toml"
         self.adapter = path / "adapter"
         self.privacy = path / "privacy.json"
+        self.audit = path / "audit.json"
         self.ledger = path / "ledger.sqlite"
         self.metrics = path / "metrics.jsonl"
         self.report = path / "report.html"

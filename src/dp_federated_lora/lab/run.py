@@ -14,6 +14,7 @@ from typing import Any, Final, final
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import BudgetExhausted, CheckpointError, ConfigError, RunInterrupted
 from dp_federated_lora.federated import (
+    Exchange,
     Purpose,
     RoundKeyFile,
     RoundReport,
@@ -29,8 +30,8 @@ from dp_federated_lora.lab.planning import statement_at, statement_json
 from dp_federated_lora.lab.workbench import Workbench, data_id, head_scale, participant_tiers, privacy_plan, server_optimizer
 from dp_federated_lora.monitoring.log import open_log
 from dp_federated_lora.monitoring.metrics import MetricsFile, read_metrics
-from dp_federated_lora.monitoring.report import TRAINED_SHARE, render_report
-from dp_federated_lora.privacy import DpEvent, Ledger, PrivacyPlan, SecureRandom, StatementRow
+from dp_federated_lora.monitoring.report import TRAINED_SHARE, AuditFigures, render_report
+from dp_federated_lora.privacy import DpEvent, Ledger, PrivacyPlan, SecureRandom, Spend, StatementRow
 from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.training import evaluate_model
 
@@ -38,6 +39,8 @@ OWNER: Final = "all participants of this run"
 
 OnRound = Callable[[RoundReport], None]
 OnPhase = Callable[[str, float], None]
+Instrument = Callable[[Exchange, Server], tuple[Exchange, Server]]
+"""Wraps what a round goes through, for audits."""
 
 
 @final
@@ -93,18 +96,34 @@ def train(
     else:
         run = RunDirectory.existing(Path(resume or ""))
     with run:
-        return _Run(run, run.load_config(), on_round or (lambda _: None), on_phase or (lambda *_: None)).finish()
+        work = Run(run, on_round=on_round, on_phase=on_phase)
+        work.train()
+        return work.write_results()
 
 
 @final
-class _Run:
-    """One run in one process: everything that its rounds share."""
+class Run:
+    """One run in one process: everything that its rounds share.
 
-    def __init__(self, directory: RunDirectory, config: Config, on_round: OnRound, on_phase: OnPhase) -> None:
+    Args:
+        directory: of the run, locked.
+        on_round: as `train`.
+        on_phase: as `train`.
+        instrument: wraps the engine and the server before the first round.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        *,
+        on_round: OnRound | None = None,
+        on_phase: OnPhase | None = None,
+        instrument: Instrument = lambda exchange, server: (exchange, server),
+    ) -> None:
         self._directory = directory
-        self._config = config
-        self._on_round = on_round
-        self._on_phase = on_phase
+        self._config = config = directory.load_config()
+        self._on_round: OnRound = on_round or (lambda _: None)
+        self._on_phase: OnPhase = on_phase or (lambda *_: None)
         self._log = open_log(directory.log, run=directory.path.name)
         self._metrics = MetricsFile(directory.metrics)
         self._keys = RoundKeyFile(directory.round_key)
@@ -112,13 +131,13 @@ class _Run:
         self._bench = Workbench.of(config)
         clients = self._bench.clients(self._plan)
         self._run_id = hashlib.sha256(f"{config.content_id}{data_id(clients)}".encode()).hexdigest()
-        self._simulator = Simulator(clients, self._bench.learner)
         self._probe = self._bench.test_examples(limit=config.run.evaluate_examples)
         sets = [examples for client in clients for examples in (client.examples, client.held_out)]
         self._prepare(sets if self._probe is None else [*sets, self._probe])
-        self._server, self._state = Server.of(
+        server, self._state = Server.of(
             self._bench.model, self._plan, self._bench.method, server_optimizer(config), head_scale=head_scale(config)
         )
+        self._exchange, self._server = instrument(Simulator(clients, self._bench.learner), server)
         self._ledger = Ledger.open(directory.ledger, budget=self._plan.budget, owner=OWNER)
         self._lifetime = LifetimeBudgets.open(config)
         by_tier = [self._plan.event_of(tier) for tier in self._plan.tiers] or [self._plan.event]
@@ -166,7 +185,12 @@ class _Run:
         self._metrics.truncate_after(self._state.round)
         self._log.info("run opened", round=self._state.round, epsilon=self._ledger.spent().epsilon)
 
-    def finish(self) -> TrainResult:
+    def train(self) -> None:
+        """Run the rounds that are left.
+
+        Raises:
+            RunInterrupted: on SIGINT or SIGTERM, after the round under way.
+        """
         with _stop_signals() as stop:
             while self._state.round < self._plan.rounds:
                 if stop:
@@ -181,7 +205,10 @@ class _Run:
                     self._stopped = str(error)
                     self._log.warning("budget exhausted", reason=self._stopped)
                     break
-        return self._write_results()
+
+    def spent(self) -> Spend:
+        """What the ledger has charged."""
+        return self._ledger.spent()
 
     def _round(self) -> None:
         number = self._state.round + 1
@@ -189,7 +216,7 @@ class _Run:
         self._charge_lifetimes(self._training_events, Purpose.TRAINING, number, key)
         permit = self._server.reserve(self._state, self._ledger, key)
         clip_norm = self._state.clip_norm
-        self._state, update_norm = self._server.run_round(self._state, permit, self._simulator, key)
+        self._state, update_norm = self._server.run_round(self._state, permit, self._exchange, key)
         write_checkpoint(self._directory.checkpoint, self._state, run_id=self._run_id, ledger_head=self._ledger.head)
         self._ledger.commit(permit.serial)
         scores = self._private_scores(key)
@@ -210,14 +237,15 @@ class _Run:
         key = key.derive(Purpose.EVALUATION.value)
         self._charge_lifetimes([evaluation.event] * len(self._training_events), Purpose.EVALUATION, number, key)
         permit = self._ledger.reserve(evaluation.event, round=number, purpose=Purpose.EVALUATION.value, commitment=key.commitment)
-        scores = self._server.evaluate(self._state, evaluation, permit, self._simulator, key)
+        scores = self._server.evaluate(self._state, evaluation, permit, self._exchange, key)
         self._ledger.commit(permit.serial)
         return scores
 
     def _charge_lifetimes(self, events: Sequence[DpEvent], purpose: Purpose, number: int, key: SecureRandom) -> None:
         self._lifetime.charge(events, number=number, purpose=purpose.value, run=self._ledger, commitment=key.commitment)
 
-    def _write_results(self) -> TrainResult:
+    def write_results(self) -> TrainResult:
+        """Score the adapter and write the files of a finished run."""
         directory, config, spend = self._directory, self._config, self._ledger.spent()
         statement = statement_at(config, self._plan, spend)
         self._on_phase("scoring the test data", 0)
@@ -264,6 +292,19 @@ class _Run:
             },
             final_metrics=metrics,
             insecure=config.run.insecure_seed is not None,
+            audit=self._audit_figures(),
+        )
+
+    def _audit_figures(self) -> AuditFigures | None:
+        """What an audit of this run found, where there was one."""
+        if not self._directory.audit.exists():
+            return None
+        found = json.loads(self._directory.audit.read_text(encoding="utf-8"))
+        return AuditFigures(
+            claimed=found["claimed_epsilon"],
+            lower_bound=found["lower_bound"],
+            confidence=found["confidence"],
+            canaries=found["canaries"],
         )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, final
 
 from dp_federated_lora.monitoring.charts import Series, line_chart
 from dp_federated_lora.monitoring.statement import NO_STATEMENT, NOT_PRIVATE, guarantee, row_in_words
@@ -37,7 +38,23 @@ _NORMS: Final = (
     "A released update is the true mean update plus noise; the dashed line is the norm expected of the noise "
     "alone. A ratio near 1 means that the round released mostly noise. Both numbers are public."
 )
+_AUDIT: Final = (
+    "Canaries, known contributions that took part by the toss of a coin, went through this run like any other unit. How often "
+    "their coins could be guessed from what was released shows an epsilon that the run has at least. It shows far less than "
+    "it might, so a bound below the claim is no proof of the claim; a bound above it is a proof that the claim is wrong."
+)
 _VOID: Final = " In this run the noise came from a fixed seed, so the number protects nobody."
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditFigures:
+    """What an audit of the run found: epsilon as charged, and the lower bound shown by `canaries` at `confidence`."""
+
+    claimed: float
+    lower_bound: float
+    confidence: float
+    canaries: int
 
 
 def render_report(
@@ -50,6 +67,7 @@ def render_report(
     facts: Mapping[str, str],
     final_metrics: Mapping[str, float],
     insecure: bool,
+    audit: AuditFigures | None = None,
 ) -> str:
     """Return the page as text; equal arguments give equal pages.
 
@@ -62,6 +80,7 @@ def render_report(
         facts: Further public facts, shown in order; `"trained share"` is also shown as a headline.
         final_metrics: Utility of the final adapter on public test data.
         insecure: The noise came from a seed: say so everywhere.
+        audit: What an audit of this run found; None where there was none.
 
     """
     banner = f'<p class="banner" role="alert">{NOT_PRIVATE}</p>' if insecure else ""
@@ -93,7 +112,7 @@ def render_report(
 <section aria-label="Headline numbers"><dl class="tiles">{tiles}</dl></section>
 <section><h2>Rounds</h2><div class="charts">{charts}</div></section>
 <section><h2>Who can learn what</h2>{_statement(statement, insecure=insecure)}</section>
-<section><h2>Facts</h2><div class="facts"><table><tbody>{rows}</tbody></table></div></section>
+{_audit(audit)}<section><h2>Facts</h2><div class="facts"><table><tbody>{rows}</tbody></table></div></section>
 <section><h2>Configuration</h2><pre>{escaped(config_toml)}</pre></section>
 </main>
 <footer>Everything on this page is a public fact, a released value, or measured on public data.</footer>
@@ -156,6 +175,23 @@ def _meter(spent: float, budget: float) -> str:
         return ""
     share = min(100.0, 100 * spent / budget)
     return f'<span class="meter" aria-hidden="true"><span style="width:{share:.1f}%"></span></span>'
+
+
+def _audit(audit: AuditFigures | None) -> str:
+    if audit is None:
+        return ""
+    top = max(audit.claimed, audit.lower_bound)
+    contradicted = audit.lower_bound > audit.claimed
+    shown = rounded_up(-audit.lower_bound).removeprefix("-")  # a lower bound is rounded down
+    claimed = _tile("Epsilon claimed", rounded_up(audit.claimed), "as charged", meter=_meter(audit.claimed, top))
+    found = _tile(
+        "Epsilon shown, at least",
+        shown,
+        f"with {audit.canaries:,} canaries, at {audit.confidence:.4g} confidence: {'FAIL' if contradicted else 'PASS'}",
+        meter=_meter(audit.lower_bound, top),
+        css="bad" if contradicted else "",
+    )
+    return f'<section><h2>Audit</h2><dl class="tiles">{claimed}{found}</dl><p>{_AUDIT}</p></section>\n'
 
 
 def _charts(reports: Sequence[RoundReport], budget: float, *, insecure: bool) -> str:
