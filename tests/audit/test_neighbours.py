@@ -85,7 +85,16 @@ def test_a_replay_takes_the_past_of_the_first_run_and_not_its_own(tmp_path: Path
 
 def test_whatever_else_differs_is_named():
     report = RoundReport(
-        round=1, rounds=2, epsilon=1.0, delta=1e-5, update_norm=1.0, noise_norm=1.0, bytes_per_client=8, public_metrics={}
+        round=1,
+        rounds=2,
+        epsilon=1.0,
+        delta=1e-5,
+        update_norm=1.0,
+        noise_norm=1.0,
+        clip_norm=1.0,
+        bytes_per_client=8,
+        public_metrics={},
+        private_metrics={},
     )
     size = SAMPLED.clip_norm / SAMPLED.divisor
 
