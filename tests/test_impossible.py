@@ -15,6 +15,7 @@ from dp_federated_lora.errors import (
     ConfigError,
     DuplicateContribution,
     IncompatiblePlan,
+    LedgerKeyLost,
     PermitMismatch,
     PermitSpent,
     PrivacyError,
@@ -31,6 +32,7 @@ from dp_federated_lora.privacy import (
     Ledger,
     Permit,
     PoissonSampler,
+    Scope,
     SecureRandom,
     UnitId,
     clip_to,
@@ -70,6 +72,11 @@ class Bench:
         self.ledger.commit(self.permit().serial)
         self.permit(key=SecureRandom.insecure_from(2))
 
+    def charge_without_key(self):
+        self.path.with_suffix(".key").unlink()
+        self.ledger = Ledger.open(self.path, budget=Budget(6.0, 1e-5), owner="t")
+        self.permit()
+
 
 def overspend(bench: Bench):
     bench.permit()
@@ -99,6 +106,15 @@ IMPOSSIBLE: dict[str, tuple[type[Exception], Callable[[Bench], object]]] = {
     ),
     "overspend": (BudgetExhausted, overspend),
     "raise the budget by reopening": (BudgetMismatch, lambda b: Ledger.open(b.path, budget=Budget(9.0, 1e-5), owner="t")),
+    "turn a run's budget into a lifetime's": (
+        BudgetMismatch,
+        lambda b: Ledger.open_all(b.path, ["t"], budget=Budget(6.0, 1e-5), scope=Scope.LIFETIME),
+    ),
+    "charge without the ledger's key": (LedgerKeyLost, Bench.charge_without_key),
+    "charge one participant for two": (
+        PrivacyError,
+        lambda b: Ledger.open_all(b.path, ["anna", "anna"], budget=Budget(6.0, 1e-5), scope=Scope.LIFETIME),
+    ),
     "one unit twice in a sum": (DuplicateContribution, lambda b: BoundedSum.merge([b.sum(), b.sum()], size=3, clip_norm=1.0)),
     "two clip norms in a sum": (
         PrivacyError,
@@ -135,6 +151,7 @@ CONFIGURATIONS: dict[str, tuple[str, str, object, str]] = {
     "private scores": ("data", "test_is_public", False, "data.test_is_public"),
     "local steps with one noised step a round": ("training", "local_steps", 3, "training.local_"),
     "an adapter that is never trained": ("training", "head_rounds", 4, "training.head_rounds"),
+    "a lifetime budget without a data set": ("ledger", "database", "x.sqlite", "ledger.data_set"),
     "an unknown key": ("privacy", "epsilom", 3.0, "privacy.epsilom"),
 }
 

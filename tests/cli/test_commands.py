@@ -1,3 +1,4 @@
+import csv
 import json
 import sqlite3
 from pathlib import Path
@@ -5,8 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from databases import Place
 from dp_federated_lora.cli import main as cli
 from dp_federated_lora.lab.config import parse_config
+from dp_federated_lora.privacy import Budget, GaussianMechanism, Ledger, Scope, SecureRandom
 
 Raw = dict[str, dict[str, object]]
 RUNNER = CliRunner()
@@ -32,12 +35,19 @@ def config_file(raw_config: Raw, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["recipes"], ["init"], ["plan"], ["train"], ["evaluate"], ["audit"], ["ledger", "show"], ["ledger", "verify"]]
-)
-def test_every_command_has_help_with_an_example(command: list[str]):
-    text = run(*command, "--help")
-    assert "Example: dpfl" in text or not command
+COMMANDS = "recipes;init;plan;train;evaluate;audit;ledger show;ledger verify;ledger export;statement;verify".split(";")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str):
+    text = run(*command.split(), "--help")
+    assert f"Example: dpfl {command}" in text
+    assert "--json" in text or command in ("init", "ledger export")
+
+
+def test_the_help_lists_every_command():
+    text = run("--help") + run("ledger", "--help")
+    assert all(command.split()[-1] in text for command in COMMANDS)
 
 
 def test_recipes_are_listed_and_written_once(tmp_path: Path, monkeypatch, capsys):
@@ -81,6 +91,22 @@ def test_train_evaluate_and_ledger_on_one_run(config_file: Path, tmp_path: Path,
         "train", "--resume", out
     )
 
+    exported = json.loads(run("ledger", "export", out))
+    assert [row["serial"] for row in exported] == list(range(9))
+    lines = list(csv.DictReader(run("ledger", "export", out / "ledger.sqlite", "--format", "csv").splitlines()))
+    assert lines == [{name: str(value) for name, value in row.items()} for row in exported]
+
+    words = run("statement", out, "--out", tmp_path / "statement.json")
+    assert "Against recipients of the model: The protected unit is one example." in words
+    signed = json.loads((tmp_path / "statement.json").read_text())
+    assert json.loads(run("statement", out, "--json")) == signed
+    assert signed["public_key"] in run("verify", tmp_path / "statement.json")
+    assert "bears it out" in run("verify", tmp_path / "statement.json", "--run", out)
+    assert json.loads(run("verify", tmp_path / "statement.json", "--json"))["statement"] == done["statement"]
+    (tmp_path / "statement.json").write_text(json.dumps(signed | {"config": "another"}))
+    code, text = failing(monkeypatch, capsys, "verify", tmp_path / "statement.json")
+    assert (code, "StatementInvalid" in text) == (2, True)
+
     code, text = failing(monkeypatch, capsys, "train", config_file, "--out", out)
     assert (code, "never overwritten" in text) == (2, True)
     database = sqlite3.connect(out / "ledger.sqlite")
@@ -93,6 +119,29 @@ def test_train_evaluate_and_ledger_on_one_run(config_file: Path, tmp_path: Path,
     database.close()
     code, text = failing(monkeypatch, capsys, "ledger", "verify", out)
     assert (code, "was edited" in text) == (2, True)
+
+
+def test_a_database_of_many_ledgers_is_shown_by_owner(place: Place):
+    anna, bert = Ledger.open_all(
+        place.where, ["anna / mail", "bert / mail"], budget=Budget(3.0, 1e-5), scope=Scope.LIFETIME, key=place.key
+    )
+    event, key = GaussianMechanism(3.0).event, SecureRandom.insecure_from(1)
+    Ledger.charge_all([anna], event, round=1, purpose="run 1", commitment=key.commitment)
+    totals = {row["owner"]: row for row in json.loads(run("ledger", "show", place.where, "--json"))["ledgers"]}
+    assert {owner: row["charges"] for owner, row in totals.items()} == {"anna / mail": 1, "bert / mail": 0}
+    assert totals["anna / mail"]["epsilon"] == anna.spent().epsilon
+    assert "bert / mail" in run("ledger", "show", place.where)
+    assert "1 charges, 0 published" in run("ledger", "show", place.where, "--owner", "anna / mail")
+    assert "intact: 3 rows of 2 ledgers" in run("ledger", "verify", place.where)
+    assert json.loads(run("ledger", "verify", place.where, "--owner", "bert / mail", "--json"))["head"] == bert.head
+    assert {row["owner"] for row in json.loads(run("ledger", "export", place.where))} == {"anna / mail", "bert / mail"}
+
+
+def test_a_run_that_a_participant_cannot_afford_says_who(config_file: Path, tmp_path: Path, monkeypatch, capsys):
+    ledger = f"\n[ledger]\ndatabase = '{tmp_path / 'lifetime.sqlite'}'\ndata_set = 'mail'\nepsilon = "
+    config_file.write_text(config_file.read_text() + ledger + "0.01\n")
+    code, text = failing(monkeypatch, capsys, "train", config_file, "--out", tmp_path / "out")
+    assert (code, "client-0 / mail" in text) == (2, True)
 
 
 def test_an_insecure_seed_is_recorded_and_shouted(config_file: Path, tmp_path: Path):

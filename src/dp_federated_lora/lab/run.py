@@ -87,6 +87,7 @@ def train(
     Raises:
         ConfigError: if not exactly one of `config` and `resume` is given.
         RunError: if the directory exists (new run), is no run (resume), or is in use.
+        BudgetExhausted: if not even the first round fits the budgets.
         RunInterrupted: on SIGINT or SIGTERM, after the round under way; the run can be resumed.
     """
     if (config is None) == (resume is None):
@@ -202,6 +203,8 @@ class Run:
                 try:
                     self._round()
                 except BudgetExhausted as error:
+                    if self._state.round == 0:
+                        raise  # nothing was released: there is no result to write
                     self._stopped = str(error)
                     self._log.warning("budget exhausted", reason=self._stopped)
                     break
