@@ -6,7 +6,7 @@ from dp_federated_lora.aggregation import FEDAVG, FFA, HEAD_ALONE
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import DataError, ModelError
 from dp_federated_lora.lora import Factor, Task, adapt
-from dp_federated_lora.training import Learner, LocalSteps, evaluate_model, local_update
+from dp_federated_lora.training import Learner, LocalSteps, evaluate_model, example_scores, local_update
 from dp_federated_lora.training.evaluation import macro_f1
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
@@ -147,3 +147,18 @@ def test_kept_features_serve_the_head_alone_and_only_while_they_hold(cached: boo
     got = losses_and_head_gradients(kept, HEAD_ALONE)
     assert passes == [1]
     assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+def test_scores_of_single_examples_add_up_to_those_of_the_set(make):
+    learner, examples = learner_of(make, cached=True)
+    correct, losses = example_scores(learner, examples)
+    whole = evaluate_model(learner, examples)
+    if examples.labels is not None:
+        assert float(correct.mean()) == pytest.approx(whole["accuracy"])
+        return
+    lengths = torch.tensor([len(tokens) - 1 for tokens in examples.tokens])
+    assert float((losses * lengths).sum() / lengths.sum()) == pytest.approx(whole["loss"], rel=1e-5)
+    for index, tokens in enumerate(examples.tokens):  # alone, without padding
+        guessed = learner.logits(examples, [index])[0][0, :-1].argmax(dim=1)
+        assert float(correct[index]) == pytest.approx(float((guessed == torch.tensor(tokens[1:])).double().mean()))

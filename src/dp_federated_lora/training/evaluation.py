@@ -42,7 +42,7 @@ def example_scores(learner: Learner, examples: Examples) -> tuple[torch.Tensor, 
     correct, losses = torch.zeros(len(examples)), torch.zeros(len(examples))
     for batch in learner.batches(examples, range(len(examples))):
         logits, ids, mask = learner.logits(examples, batch)
-        losses[batch] = learner.losses(examples, batch)
+        losses[batch] = learner.losses(examples, batch).float()
         if examples.labels is not None:
             correct[batch] = (logits.argmax(dim=1) == torch.tensor([examples.labels[i] for i in batch])).float()
         else:
