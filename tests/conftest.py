@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from databases import place, postgres  # noqa: F401  (fixtures)
+from databases import database, place, postgres  # noqa: F401  (fixtures)
 
 WORDS = "oil crude barrel wheat grain corn bank rate money stock share profit the of and said".split()
 TOPICS = {"crude": WORDS[:3], "grain": WORDS[3:6], "money": WORDS[6:9]}

@@ -70,14 +70,21 @@ def postgres() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture
+def database(postgres: str, tmp_path: Path) -> Place:
+    """A new database in PostgreSQL."""
+    import psycopg
+
+    name = f"test_{uuid4().hex}"
+    with psycopg.connect(f"postgresql://dpfl@/postgres?host={postgres}", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return Place(f"postgresql://dpfl@/{name}?host={postgres}", tmp_path / "ledger.key")
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """An empty place for ledgers, once of each kind."""
     if request.param == "sqlite":
         return Place(str(tmp_path / "ledger.sqlite"), tmp_path / "ledger.key")
-    import psycopg
-
-    socket, name = request.getfixturevalue("postgres"), f"test_{uuid4().hex}"
-    with psycopg.connect(f"postgresql://dpfl@/postgres?host={socket}", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return Place(f"postgresql://dpfl@/{name}?host={socket}", tmp_path / "ledger.key")
+    database: Place = request.getfixturevalue("database")
+    return database

@@ -56,8 +56,8 @@ class SigningKey:
             key = load_pem_private_key(path.read_bytes(), password=None)
         except (FileNotFoundError, PermissionError):
             return None
-        except ValueError as error:
-            raise LedgerKeyLost(f"{path} is damaged: it holds no private key; restore it from a backup") from error
+        except (ValueError, TypeError) as error:  # TypeError: encrypted
+            raise LedgerKeyLost(f"{path} is damaged: it holds no plain private key; restore it from a backup") from error
         if not isinstance(key, Ed25519PrivateKey):
             raise LedgerKeyLost(f"{path} holds a key that is not Ed25519; name the ledger's own key")
         return cls(key)

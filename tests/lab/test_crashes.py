@@ -13,11 +13,12 @@ from dp_federated_lora.lab.config import parse_config
 
 Raw = dict[str, dict[str, object]]
 
-# One interpreter forks a child per point. Children count Python's calls and returns from the opening of the ledger on; at
-# the chosen one the child tells the parent, which sends SIGKILL at once and hits wherever the child then is, also inside of
-# SQLite. Every child writes down, durably, whose noise it is about to draw. Arguments: configuration, folder, points.
+# One interpreter forks a child per point. When a child has computed for a random time since the opening of its ledger, it
+# tells the parent, which sends SIGKILL and hits wherever the child then is, also inside of SQLite. The clock is that of the
+# child's processor time, so a busy machine changes nothing. Every child writes down, durably, whose noise it is about to
+# draw. Arguments: configuration, folder, points.
 KILLED_ANYWHERE = """
-import json, os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from random import SystemRandom
 import dp_federated_lora.lab.run as lab
@@ -31,36 +32,34 @@ settings = load_config(config)
 event, owners = privacy_plan(settings).event, [f"client-{n} / mail" for n in range(settings.federation.clients)]
 Workbench.of(settings)  # calibrate and import once, for all children
 
-def child(run, pipe, point):
-    "Start or resume `run`; write to `pipe` when `point` calls have been made, and their number at the end."
-    release, open_ledger, calls = GaussianMechanism.release, Ledger.open, 0
+def child(run, pipe, moment):
+    "Start or resume `run`; write to `pipe` after `moment` seconds of computing, and how many there were at the end."
+    release, open_ledger, start = GaussianMechanism.release, Ledger.open, time.process_time
     def recorded(self, total, *, charged, permit, rng):
         descriptor = os.open(folder / f"{run}.drawn", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(descriptor, (rng.commitment + "\\n").encode())
         os.fsync(descriptor)
         os.close(descriptor)
         return release(self, total, charged=charged, permit=permit, rng=rng)
-    def count(frame, kind, arg):
-        nonlocal calls
-        calls += 1
-        if calls == point:
-            os.write(pipe, b"now")
     def opening(*args, **kwargs):
-        sys.setprofile(count)
+        nonlocal start
+        start = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, moment)
         return open_ledger(*args, **kwargs)
+    signal.signal(signal.SIGPROF, lambda *_: os.write(pipe, b"now"))
     GaussianMechanism.release, Ledger.open = recorded, opening
     path = folder / run
     result = lab.train(resume=path) if path.exists() else lab.train(settings, out=path)
-    sys.setprofile(None)
-    os.write(pipe, str(calls).encode())
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    os.write(pipe, str(time.process_time() - start).encode())
     os._exit(0 if result.rounds == settings.privacy.rounds else 1)
 
-def attempt(run, point):
+def attempt(run, moment):
     "Status of the child, and what it said."
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        child(run, writer, point)
+        child(run, writer, moment)
     os.close(writer)
     said = os.read(reader, 100)
     if said == b"now":
@@ -89,19 +88,19 @@ def check(run):
     assert spent.epsilon >= noise.epsilon(spent.delta), (run, spent)
     return len(drawn), spent.charges
 
-status, said = attempt("whole", -1)
+status, said = attempt("whole", 0)
 assert status == 0, status
-calls, unfinished = int(said), 0
+whole, unfinished = float(said), 0
 for number in range(points):
-    run, point = f"run{number}", SystemRandom().randrange(1, calls + 1)
-    status, said = attempt(run, point)
-    assert status in (0, -signal.SIGKILL), (status, said, point, calls)
+    run, moment = f"run{number}", SystemRandom().uniform(0, whole)
+    status, said = attempt(run, moment)
+    assert status in (0, -signal.SIGKILL), (status, said, moment, whole)
     drawn, charged = check(run)
     unfinished += drawn < settings.privacy.rounds
-    status, _ = attempt(run, -1)
-    assert status == 0, (status, point, calls)
-    assert check(run) == (settings.privacy.rounds, settings.privacy.rounds), (point, calls)
-    print(f"{number + 1}: call {point} of {calls}, {charged} charges, {drawn} draws", file=sys.stderr, flush=True)
+    print(f"{number + 1}: after {moment:.3f} of {whole:.3f} s, {charged} charges, {drawn} draws", file=sys.stderr, flush=True)
+    status, _ = attempt(run, 0)
+    assert status == 0, (status, moment, whole)
+    assert check(run) == (settings.privacy.rounds, settings.privacy.rounds), (moment, whole)
 print(unfinished)
 """
 
@@ -125,6 +124,6 @@ def test_wherever_a_run_is_killed_its_ledgers_cover_all_noise_that_was_drawn(raw
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_killed_at_two_hundred_random_points(raw_config: Raw, tmp_path: Path):
-    # A point falls before the last noise with probability above 1/2 (about 3/4 of all calls): fewer than 40 of 200 would
-    # have a probability below 1e-18, so this cannot pass by killing runs that are over.
+    # A point falls before the last noise with probability above 1/2: fewer than 40 of 200 would have a probability below
+    # 1e-17, so this does not pass by killing runs that are over.
     assert killed_anywhere(raw_config, tmp_path, 200) >= 40

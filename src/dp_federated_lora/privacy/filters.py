@@ -1,8 +1,8 @@
 """What choices made in view of earlier outputs may cost: a Renyi filter at one order.
 
-A schedule fixed in advance composes by PLD (`Composition`). Over many runs the next run is chosen after the last one's
-result, and there the curve-wise PLD filter is invalid (arXiv 2602.06756), while the sum of Renyi divergences at one order
-that was fixed before the first event is a valid one (Feldman and Zrnic 2021, arXiv 2008.11193, Theorem 4.3).
+A schedule fixed in advance composes by PLD. Over many runs the next is chosen after the last one's result; the curve-wise
+filter is then invalid (arXiv 2602.06756), while the sum of Renyi divergences at one order that was fixed before the first
+event is a valid one (Feldman and Zrnic 2021, arXiv 2008.11193, Theorem 4.3).
 """
 
 from __future__ import annotations

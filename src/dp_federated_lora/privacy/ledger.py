@@ -116,10 +116,7 @@ class Permit:
 
 @final
 class Ledger:
-    """Charges of one owner's budget, in a database that may hold many.
-
-    Use `open` or `read`; the constructor is for them.
-    """
+    """Charges of one owner's budget, in a database that may hold many; made by `open` and `read`."""
 
     def __init__(self, store: Storage, owner: str, key: SigningKey | None) -> None:
         self.owner = owner
@@ -178,16 +175,11 @@ class Ledger:
         ledgers = tuple(cls(store, owner, signing) for owner in owners)
         with store.transaction(write=False) as connection:
             _catch_up(connection, ledgers)
-        order = RenyiFilter.for_budget(budget.epsilon, budget.delta).order if scope is Scope.LIFETIME else None
-        terms = {
-            "budget": {"epsilon": budget.epsilon, "delta": budget.delta},
-            "format": 2,
-            "renyi_order": order,  # none: PLD
-            "scope": scope.value,
-            "unit": unit,
-        }
+        limits = {"epsilon": budget.epsilon, "delta": budget.delta}
+        terms = {"budget": limits, "format": 2, "scope": scope.value, "unit": unit}
+        order = RenyiFilter.for_budget(**limits).order if scope is Scope.LIFETIME else None  # none: PLD
         if not all(ledger._rows for ledger in ledgers):
-            _write(store, (), ledgers, lambda: _first_rows(ledgers, path, terms))
+            _write(store, (), ledgers, lambda: _first_rows(ledgers, path, terms | {"renyi_order": order}))
         for ledger in ledgers:
             made = {name: ledger._terms[name] for name in terms}
             if made != terms:

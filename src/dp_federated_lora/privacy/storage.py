@@ -20,9 +20,7 @@ from sqlalchemy.pool import NullPool
 
 from dp_federated_lora.errors import LedgerCorrupt, LedgerLocked, PrivacyError, StorageError
 
-_BEGINNING: Final = 0x6470666C  # advisory lock under which PostgreSQL chains begin; any constant will do
 _KEY: Final = ("owner", "serial")
-_HELD: Final = ("55P03", "40P01")  # SQLSTATE: lock not available, deadlock detected
 
 
 @final
@@ -68,9 +66,6 @@ class Storage:
     Args:
         where: a file, or a URL `postgresql://user@host/database`.
         lock_timeout: seconds to wait for another process.
-
-    Raises:
-        StorageError: if the URL is not understood or its driver is not installed.
     """
 
     def __init__(self, where: str | Path, *, lock_timeout: float) -> None:
@@ -113,7 +108,7 @@ class Storage:
             first = sa.select(_TABLE.c.owner).where(_TABLE.c.owner.in_(owners), _TABLE.c.serial == 0)
             connection.execute(first.order_by(_TABLE.c.owner).with_for_update())  # in one order: no deadlock
         else:
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_BEGINNING})")
+            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(1684104812)")  # chains begin one by one; any number
 
     def create(self) -> None:
         """Make the table if it is not there."""
@@ -142,10 +137,10 @@ class Storage:
 
     def _explained(self, error: DatabaseError) -> PrivacyError | StorageError:
         text = str(error.orig).strip()
-        if "locked" in text or getattr(error.orig, "sqlstate", None) in _HELD:
+        if "locked" in text or getattr(error.orig, "sqlstate", "") in ("55P03", "40P01"):  # lock not available, deadlock
             return LedgerLocked(f"another process holds {self.name}; wait for it to finish, then try again")
         if isinstance(error, OperationalError) and "no such" not in text:
-            return StorageError(f"the ledger {self.name} cannot be written ({text}); nothing was charged or released")
+            return StorageError(f"the ledger {self.name} cannot be reached or written ({text}); nothing was charged or released")
         return LedgerCorrupt(f"{self.name} is not a ledger of this version: {text}")
 
 
