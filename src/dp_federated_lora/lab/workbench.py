@@ -214,7 +214,9 @@ class Workbench:
         clients = []
         for name, tier, part in zip(participant_names(self.config), participant_tiers(self.config), parts, strict=True):
             examples, evaluation = self.tokenize(_rows(table, part)), self.config.evaluation
-            rest, held_out = examples.split(0.0 if evaluation is None else evaluation.holdout, self.config.run.seed)
+            rest, held_out = examples, examples.subset(())
+            if evaluation is not None:
+                rest, held_out = examples.split(evaluation.holdout, self.config.run.seed)
             local = local_steps(self.config)
             clients.append(Client(name, rest, plan, self.method, local, held_out, tier))
         return clients

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from dp_federated_lora.errors import RunError, StorageError
+from dp_federated_lora.files import sync_folder
 from dp_federated_lora.monitoring.public import parsed_line, public_line
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class MetricsFile:
             finally:
                 fresh.unlink(missing_ok=True)
             # else the old file might come back after a power cut, without the lines appended since
-            _sync_directory(self._path.parent)
+            sync_folder(self._path.parent)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -96,14 +97,6 @@ def _write(file: FileIO, data: bytes) -> None:
     if file.write(data) != len(data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -343,13 +343,15 @@ class Ledger:
         row = self._charges.get(commitment)
         if row is not None and (row.round, row.body) != (number, body):
             raise PrivacyError(f"the key of round {number} was used before: its noise would repeat; nothing was charged")
-        begun = any((r.round, r.facts["purpose"]) == (number, purpose) for r in self._charges.values())
-        if row is None and begun and isinstance(charged, NoOpDpEvent):
+        if row is None and isinstance(charged, NoOpDpEvent) and self._has_begun(number, purpose):
             raise PrivacyError(
                 f"round {number} was begun under another key and its release may be known: to repeat it, charge the whole run "
                 "again; nothing was charged"
             )
         return row is not None
+
+    def _has_begun(self, number: int, purpose: str) -> bool:
+        return any((row.round, row.facts["purpose"]) == (number, purpose) for row in self._charges.values())
 
     def _charge(self, charged: DpEvent, number: int, body: str) -> LedgerRow:
         budget, spent = self.budget, self._total

@@ -57,6 +57,11 @@ def _subset(size: int, population: int, rng: SecureRandom) -> NDArray[np.int64]:
     return np.sort(np.argsort(keys)[:size])
 
 
+def _require_population(sampler: TruncatedPoissonSampler | FixedSizeSampler, population: int) -> None:
+    if population != sampler.population:
+        raise PrivacyError(f"{population} units, but {sampler} was accounted for; nothing was drawn")
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class TruncatedPoissonSampler:
@@ -84,8 +89,7 @@ class TruncatedPoissonSampler:
         Raises:
             PrivacyError: if the population is not the declared one.
         """
-        if population != self.population:
-            raise PrivacyError(f"{population} units, but {self} was accounted for; nothing was drawn")
+        _require_population(self, population)
         sample = PoissonSampler(self.sampling_rate).draw(population, rng)
         return sample if len(sample) <= self.cap else sample[_subset(self.cap, len(sample), rng)]
 
@@ -117,8 +121,7 @@ class FixedSizeSampler:
         Raises:
             PrivacyError: if the population is not the declared one.
         """
-        if population != self.population:
-            raise PrivacyError(f"{population} units, but {self} was accounted for; nothing was drawn")
+        _require_population(self, population)
         return _subset(self.cohort, population, rng)
 
     def amplify(self, event: GaussianDpEvent) -> DpEvent:

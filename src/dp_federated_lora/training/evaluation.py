@@ -8,7 +8,7 @@ import torch
 
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import DataError
-from dp_federated_lora.training.learner import Learner
+from dp_federated_lora.training.learner import Learner, losses_of
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def example_scores(learner: Learner, examples: Examples) -> tuple[torch.Tensor, 
     correct, losses = torch.zeros(len(examples)), torch.zeros(len(examples))
     for batch in learner.batches(examples, range(len(examples))):
         logits, ids, mask = learner.logits(examples, batch)
-        losses[batch] = learner.losses(examples, batch).float()
+        losses[batch] = losses_of(examples, batch, logits, ids, mask).float()
         if examples.labels is not None:
             correct[batch] = (logits.argmax(dim=1) == torch.tensor([examples.labels[i] for i in batch])).float()
         else:

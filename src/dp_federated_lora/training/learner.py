@@ -95,12 +95,7 @@ class Learner:
 
     def losses(self, examples: Examples, indices: Sequence[int]) -> Tensor:
         """Loss of each example `(B,)`: cross-entropy, for language models averaged over the example's tokens."""
-        logits, ids, mask = self.logits(examples, indices)
-        if examples.labels is not None:
-            return cross_entropy(logits, torch.tensor([examples.labels[i] for i in indices]), reduction="none")
-        tokens = cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")  # (B, T - 1)
-        weight = mask[:, 1:]
-        return (tokens * weight).sum(dim=1) / weight.sum(dim=1)
+        return losses_of(examples, indices, *self.logits(examples, indices))
 
     @property
     def _classifier(self) -> TextClassifier:
@@ -116,6 +111,15 @@ class Learner:
         output: Any = self.model.module(input_ids=ids, attention_mask=mask)
         logits: Tensor = output.logits if self.model.task is Task.CAUSAL_LM else output
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def losses_of(examples: Examples, indices: Sequence[int], logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Loss of each example `(B,)` as `Learner.losses`, from what `Learner.logits` gave for these `indices`."""
+    if examples.labels is not None:
+        return cross_entropy(logits, torch.tensor([examples.labels[i] for i in indices]), reduction="none")
+    tokens = cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")  # (B, T - 1)
+    weight = mask[:, 1:]
+    return (tokens * weight).sum(dim=1) / weight.sum(dim=1)
 
 
 class _Replay(nn.Module):
