@@ -39,8 +39,8 @@ from dp_federated_lora.privacy import (
     Scope,
     SecureRandom,
 )
-from dp_federated_lora.privacy.storage import Storage
 from dp_federated_lora.signing import SigningKey, signature_holds
+from dp_federated_lora.storage import Storage
 
 BUDGET = Budget(3.0, 1e-5)
 MECHANISM = GaussianMechanism(2.0)

@@ -21,7 +21,7 @@ from dp_federated_lora.privacy.personal import Personalisation, Tier, personal_t
 from dp_federated_lora.privacy.plan import PrivacyPlan, PrivacyUnit, StatementRow, Trust, state_privacy
 from dp_federated_lora.privacy.rng import SecureRandom
 from dp_federated_lora.privacy.sampling import CyclicPoissonSampler, FixedSizeSampler, PoissonSampler, TruncatedPoissonSampler
-from dp_federated_lora.privacy.storage import LedgerRow
+from dp_federated_lora.storage import LedgerRow
 
 __all__ = (
     "AdaptiveClip",

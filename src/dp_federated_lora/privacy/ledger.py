@@ -32,8 +32,8 @@ from dp_federated_lora.errors import (
 )
 from dp_federated_lora.privacy.accounting import Composition, DpEvent, event_from_json, event_to_json
 from dp_federated_lora.privacy.filters import RenyiFilter
-from dp_federated_lora.privacy.storage import LedgerRow, Storage, canonical
 from dp_federated_lora.signing import SigningKey, signature_holds
+from dp_federated_lora.storage import LedgerRow, Storage, canonical
 
 _GENESIS: Final = "0" * 64
 _COMMITMENT: Final = re.compile(r"[0-9a-f]{64}")
