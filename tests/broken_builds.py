@@ -82,7 +82,7 @@ def with_canaries(plan: PrivacyPlan, ledger_path: Path, *, seed: int) -> Verdict
     """What 2,000 canaries among five sites show at 95 %."""
     audit = CanaryAudit(2000, SecureRandom.insecure_from(seed).derive("audit"))
     epsilon, _ = run(plan, Sites(plan, updates(5)), audit.wrap, ledger_path, seed)
-    return judge(audit, plan, claimed=epsilon, rounds=plan.rounds, confidence=0.95)
+    return judge(audit, plan, claimed=epsilon, confidence=0.95)
 
 
 def with_neighbours(plan: PrivacyPlan, folder: Path, last: Tensor, *, seed: int = 1) -> Difference:

@@ -51,7 +51,7 @@ def test_a_correct_build_is_refuted_far_less_often_than_allowed(name: str):
     def fails(correct: int) -> bool:
         audit.scores = lambda: np.where(audit.included, 1.0, -1.0) + np.arange(m) * 1e-6  # type: ignore[method-assign]
         audit.guesses = lambda _: type(perfect)(m, 400, correct)  # type: ignore[method-assign]
-        return not judge(audit, plan, claimed=claimed, rounds=plan.rounds, confidence=0.95).passed
+        return not judge(audit, plan, claimed=claimed, confidence=0.95).passed
 
     perfect = audit.guesses(np.where(audit.included, 1.0, -1.0))
     low, high = 200, 400

@@ -77,14 +77,13 @@ class Verdict:
         }
 
 
-def judge(audit: CanaryAudit, plan: PrivacyPlan, *, claimed: float, rounds: int, confidence: float) -> Verdict:
+def judge(audit: CanaryAudit, plan: PrivacyPlan, *, claimed: float, confidence: float) -> Verdict:
     """Hold what canaries show against a claim.
 
     Args:
         audit: canaries of a finished run.
         plan: of that run.
-        claimed: epsilon charged for it.
-        rounds: number of releases charged.
+        claimed: epsilon stated for it.
         confidence: of the verdict.
 
     Raises:
@@ -102,26 +101,33 @@ def judge(audit: CanaryAudit, plan: PrivacyPlan, *, claimed: float, rounds: int,
         confidence=confidence,
         guesses=guesses,
         one_run=one_run_bound(guesses, delta=delta, confidence=each),
-        f_dp=_plan_f_dp_bound(guesses, plan, rounds=rounds, confidence=each),
+        f_dp=_plan_f_dp_bound(guesses, plan, confidence=each),
         estimate=estimate,
     )
 
 
-def _plan_f_dp_bound(guesses: Guesses, plan: PrivacyPlan, *, rounds: int, confidence: float) -> float:
+def _plan_f_dp_bound(guesses: Guesses, plan: PrivacyPlan, *, confidence: float) -> float:
     """Epsilon of the plan with the least noise that is refuted: the one-run bound by f-DP, in the plan's own family.
 
     A Gaussian family would do for sampling rate 1 only: a sampled mechanism is not Gaussian at any noise. The curves come from
-    dp-accounting and not from the kernel, which is under audit.
+    dp-accounting and not from the kernel, which is under audit. Scores see training releases alone, but how many of them may
+    follow from the evaluations (early stopping): so the curve is of both, of all that are planned.
     """
-    z = plan.mechanism.noise_multiplier
+    z, evaluation = plan.mechanism.noise_multiplier, plan.evaluation
 
-    def composed(noise: float) -> Any:
+    def gaussian(noise: float, rate: float, count: int) -> Any:
         return from_gaussian_mechanism(
             noise,
-            sampling_prob=plan.sampler.sampling_rate,
+            sampling_prob=rate,
             value_discretization_interval=_INTERVAL,
             pessimistic_estimate=True,  # a weaker claim is harder to refute, so this errs on the safe side
-        ).self_compose(rounds)
+        ).self_compose(count)
+
+    scored = evaluation and gaussian(evaluation.noise_multiplier, 1.0, plan.rounds // evaluation.every)
+
+    def composed(noise: float) -> Any:
+        training = gaussian(noise, plan.sampler.sampling_rate, plan.rounds)
+        return training.compose(scored) if scored else training
 
     def refuted(inverse_noise: float) -> bool:
         if inverse_noise == 0.0:  # a run that reveals nothing

@@ -125,7 +125,7 @@ def train(
         {
             "rounds": str(result.rounds),
             **({"stopped": result.stopped} if result.stopped else {}),
-            "epsilon spent": f"{result.epsilon:.4f} at delta {result.delta:g}",
+            "epsilon": f"{result.epsilon:.4f} at delta {result.delta:g}",
             **{name: f"{value:.4f}" for name, value in result.metrics.items()},
             "report": str(result.path / "report.html"),
             "adapter": str(result.path / "adapter"),

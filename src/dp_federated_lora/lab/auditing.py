@@ -76,8 +76,8 @@ def audit(
             run.train()
         except RunInterrupted as error:
             raise RunInterrupted(f"the audit in {out} was stopped and cannot be resumed: start it again elsewhere") from error
-        spend = run.spent()
-        verdict = judge(inserted, privacy_plan(config), claimed=spend.epsilon, rounds=spend.charges, confidence=confidence)
+        plan = privacy_plan(config)
+        verdict = judge(inserted, plan, claimed=plan.claimed(run.spent()), confidence=confidence)
         write_durably(directory.audit, (json.dumps(verdict.as_json(), indent=2, allow_nan=False) + "\n").encode())
         run.write_results()
     return AuditResult(directory.path, verdict)

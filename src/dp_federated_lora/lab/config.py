@@ -144,7 +144,8 @@ class TrainingSection(_Section):
 
     A linear head on normalised features wants far longer steps than the adapter below it: `server_head_learning_rate` is
     its own rate, by default `server_learning_rate`. In the first `head_rounds` rounds the head alone is trained: until it has
-    learnt something, the adapter gets noise and no signal.
+    learnt something, the adapter gets noise and no signal. With `patience` the run ends once that many evaluations in a row have
+    not improved the score of [evaluation], or without it of the public test data; what is claimed stays that of all rounds.
     """
 
     server_optimizer: Literal["sgd", "adam"] = "sgd"
@@ -156,6 +157,7 @@ class TrainingSection(_Section):
     local_batch_size: Count | None = None
     local_learning_rate: Positive | None = None
     batch_tokens: Count = 2048
+    patience: Count | None = None
 
 
 class EvaluationSection(_Section):
@@ -298,6 +300,8 @@ class Config(_Section):
                 problems.append('data.label_column, data.labels: task = "causal-lm" has no labels; remove them')
             if self.training.server_head_learning_rate or self.training.head_rounds:
                 problems.append('training.server_head_learning_rate, head_rounds: task = "causal-lm" has no head; remove them')
+        if self.training.patience and self.evaluation is None and not data.test:
+            problems.append("training.patience: needs scores to watch; add [evaluation] or public data.test, or remove it")
         if self.training.head_rounds >= self.privacy.rounds:
             problems.append("training.head_rounds: must be fewer than privacy.rounds, or the adapter is never trained")
         if data.test and not data.test_is_public:

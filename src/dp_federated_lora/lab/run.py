@@ -27,6 +27,7 @@ from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.ledgers import LifetimeBudgets
 from dp_federated_lora.lab.planning import statement_at, statement_json
+from dp_federated_lora.lab.stopping import reason_to_stop
 from dp_federated_lora.lab.workbench import Workbench, data_id, head_scale, participant_tiers, privacy_plan, server_optimizer
 from dp_federated_lora.monitoring.log import open_log
 from dp_federated_lora.monitoring.metrics import MetricsFile, read_metrics
@@ -50,7 +51,7 @@ class TrainResult:
 
     Args:
         path: the run directory.
-        epsilon: spent, as charged.
+        epsilon: claimed, of the whole plan however early the run ended.
         delta: at which it holds.
         rounds: published rounds.
         metrics: quality on declared-public test data; empty where none is configured.
@@ -144,6 +145,7 @@ class Run:
         by_tier = [self._plan.event_of(tier) for tier in self._plan.tiers] or [self._plan.event]
         self._training_events = [by_tier[tier] for tier in participant_tiers(config)]
         self._stopped: str | None = None
+        self._reports: list[RoundReport] = []
         self._recover()
 
     def _prepare(self, sets: list[Examples]) -> None:
@@ -184,6 +186,8 @@ class Run:
                 self._ledger.commit(pending.serial)
             self._keys.destroy()
         self._metrics.truncate_after(self._state.round)
+        if self._directory.metrics.exists():
+            self._reports = [RoundReport(**line) for line in read_metrics(self._directory.metrics)]
         self._log.info("run opened", round=self._state.round, epsilon=self._ledger.spent().epsilon)
 
     def train(self) -> None:
@@ -200,6 +204,10 @@ class Run:
                         f"stopped after round {self._state.round} of {self._plan.rounds}; continue with "
                         f"`dpfl train --resume {self._directory.path}`"
                     )
+                if reason := reason_to_stop(self._config, self._reports):
+                    self._stopped = reason
+                    self._log.info("stopped early", reason=reason)
+                    break
                 try:
                     self._round()
                 except BudgetExhausted as error:
@@ -229,6 +237,7 @@ class Run:
             self._bench.model.load(self._state.adapter)
             report = report.with_metrics(evaluate_model(self._bench.learner, self._probe))
         self._metrics.append(report)
+        self._reports.append(report)
         self._log.info("round", report=report)
         self._on_round(report)
 
@@ -261,7 +270,10 @@ class Run:
             "statement": statement_json(statement),
             "insecure_seed": config.run.insecure_seed,
             "charges": spend.charges,
+            "epsilon_charged": spend.epsilon,
             "published_rounds": self._state.round,
+            "planned_rounds": self._plan.rounds,
+            "stopped": self._stopped,
             "noise_multiplier": self._plan.mechanism.noise_multiplier,
             "sampling_rate": self._plan.sampler.sampling_rate,
             "clip_norm": self._plan.clip_norm,
@@ -270,15 +282,16 @@ class Run:
         }
         write_durably(directory.privacy, (json.dumps(privacy, indent=2) + "\n").encode())
         write_durably(directory.report, self._render(statement, metrics).encode())
-        self._log.info("run finished", epsilon=spend.epsilon, metrics=metrics)
-        return TrainResult(directory.path, spend.epsilon, spend.delta, self._state.round, metrics, statement, self._stopped)
+        claimed = self._plan.claimed(spend)
+        self._log.info("run finished", epsilon=claimed, metrics=metrics)
+        return TrainResult(directory.path, claimed, spend.delta, self._state.round, metrics, statement, self._stopped)
 
     def _render(self, statement: tuple[StatementRow, ...], metrics: dict[str, float]) -> str:
         config, plan = self._config, self._plan
         return render_report(
             title=self._directory.path.name,
             config_toml=config.to_toml(),
-            reports=[RoundReport(**line) for line in read_metrics(self._directory.metrics)],
+            reports=self._reports,
             statement=statement,
             budget_epsilon=plan.budget.epsilon,
             facts={
@@ -291,6 +304,7 @@ class Run:
                 "Sampling rate": f"{plan.sampler.sampling_rate:g}",
                 "Clip norm": f"{plan.clip_norm:g}",
                 "Rounds": f"{self._state.round} of {plan.rounds}",
+                **({"Ended early": self._stopped} if self._stopped else {}),
                 "Bytes per participant and round": f"{self._server.bytes_per_client(plan.rounds):,}",
             },
             final_metrics=metrics,

@@ -143,11 +143,13 @@ def _tiles(
         _tile(metric_label(name), metric_text(name, final_metrics[name]), "final, on public test data")
         for name in leading_metrics(final_metrics)
     ]
-    spent = reports[-1].epsilon if reports else 0.0
+    charged = reports[-1].epsilon if reports else 0.0
+    claimed = max((bound[0] for row in statement if (bound := guarantee(row))), default=None)
     if insecure:
         tiles.append(_tile("Epsilon", "void", "the noise came from a fixed seed", css="bad"))
-    else:
-        tiles.append(_tile("Epsilon spent", rounded_up(spent), f"of a budget of {budget:g}", meter=_meter(spent, budget)))
+    elif claimed is not None:
+        note = f"{rounded_up(charged)} charged, of a budget of {budget:g}"
+        tiles.append(_tile("Epsilon", rounded_up(claimed), note, meter=_meter(charged, budget)))
     if reports and not insecure:
         tiles.append(_tile("Delta", rounded_up(reports[-1].delta), one_in(reports[-1].delta)))
     if statement:
@@ -205,10 +207,10 @@ def _charts(reports: Sequence[RoundReport], budget: float, *, insecure: bool) ->
     charts.append(
         line_chart(
             key="epsilon",
-            title="Epsilon spent",
+            title="Epsilon charged",
             caption=_EPSILON + (_VOID if insecure else ""),
             series=[
-                Series(label="Spent", style="s0", points=[(r.round, r.epsilon) for r in reports]),
+                Series(label="Charged", style="s0", points=[(r.round, r.epsilon) for r in reports]),
                 Series(label="Budget", style="ref", points=limit),
             ],
             x_end=_end(reports),

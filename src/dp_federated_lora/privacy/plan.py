@@ -223,6 +223,17 @@ class PrivacyPlan:
             composition.add(self.evaluation.event, rounds // self.evaluation.every)
         return composition.epsilon(self.budget.delta)
 
+    def claimed(self, spend: Spend) -> float:
+        """Epsilon that a run of this plan may state: of all planned rounds, however early it ended.
+
+        What was released is a prefix of the planned releases whose length may follow from their values (a stopping rule, a person
+        who has seen scores): post-processing of all of them (Dwork and Roth 2014, Proposition 2.1). The smaller epsilon of the
+        prefix alone would hold for a length fixed in advance. A Renyi filter (arXiv 2008.11193, Theorem 4.3) states its whole
+        budget too, with looser composition; no round's event is chosen from outputs, so none is needed. A charge that bought no
+        published release is outside of the plan: then only the budget, which no ledger exceeds, is known in advance.
+        """
+        return max(spend.epsilon, self.epsilon_after(self.rounds) if spend.charges == spend.released else self.budget.epsilon)
+
     @property
     def extra_coordinates(self) -> int:
         """Coordinates of a contribution beside the trained ones: 1 for the bit of an adaptive clip."""
@@ -252,21 +263,24 @@ class PrivacyPlan:
 
 
 def state_privacy(plan: PrivacyPlan, *, spend: Spend, insecure: bool, notes: tuple[str, ...] = ()) -> tuple[StatementRow, ...]:
-    """The statement for what was spent, in execution or in plan.
+    """The statement of a plan, whether a run of it is ahead, under way, ended early or finished.
 
     Args:
         plan: what was or will be executed.
-        spend: the composed total and the number of charges.
+        spend: what the run's ledger has charged.
         insecure: noise or cohorts came from a seed; then no row claims anything.
         notes: what the unit means for this data; said in every row that claims something.
     """
     coins = "each unit takes part by independent secret coins (Poisson); nobody else learns who took part in a round"
     server = "the server computes sums and noise as this software does, and keeps un-noised values to itself"
     seed = ("NOT PRIVATE: noise and sampling came from a fixed seed that anyone can repeat",)
-    protected = [(plan.unit.value, spend.epsilon, spend.delta)]
+    whole = f"epsilon is of all {plan.rounds} planned rounds: a run that ends early, by a rule or by hand, states no less"
+    if spend.charges != spend.released and not plan.tiers:
+        whole = "epsilon is the whole budget: a charge has no published release (a crash, or a release under way)"
+    protected = [(plan.unit.value, plan.claimed(spend), spend.delta)]
     if plan.tiers:
         units = [f"{plan.unit.value} (declared epsilon {tier.budget.epsilon:g})" for tier in plan.tiers]
-        epsilons = [plan.epsilon_of(tier, spend.charges) for tier in plan.tiers]
+        epsilons = [plan.epsilon_of(tier, plan.rounds) for tier in plan.tiers]  # more charges than rounds are refused
         protected = [(unit, e, tier.budget.delta) for unit, e, tier in zip(units, epsilons, plan.tiers, strict=True)]
     covered = tuple(
         StatementRow(
@@ -275,7 +289,7 @@ def state_privacy(plan: PrivacyPlan, *, spend: Spend, insecure: bool, notes: tup
             relation=RELATION,
             epsilon=None if insecure else epsilon,
             delta=None if insecure else delta,
-            assumptions=seed if insecure else (server, coins, *notes, *extra),
+            assumptions=seed if insecure else (server, coins, whole, *notes, *extra),
         )
         for adversary, extra in (
             ("recipients of the model", ()),
