@@ -84,7 +84,7 @@ def test_train_evaluate_and_ledger_on_one_run(config_file: Path, tmp_path: Path,
     assert "accuracy" in run("evaluate", out)
     shown = json.loads(run("ledger", "show", out, "--json"))
     assert [row["kind"] for row in shown["rows"]] == ["open"] + ["reserve", "commit"] * 4
-    assert "4 charges, 4 published rounds" in run("ledger", "show", out)
+    assert "4 charges, 4 published releases" in run("ledger", "show", out)
     assert "intact: 9 rows" in run("ledger", "verify", out)
     assert json.loads(run("ledger", "verify", out, "--json"))["rows"] == 9
     assert str(out / "report.html") in run("train", "--resume", out).replace("\n", "") or "Finished" in run(

@@ -1,11 +1,16 @@
+import math
+from collections.abc import Callable
+
 import dp_accounting as da
 import pytest
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import brentq
+from scipy.stats import norm
 
-from dp_federated_lora.errors import PrivacyError, UnsupportedEvent
+from dp_federated_lora.errors import IncompatiblePlan, PrivacyError, UnsupportedEvent
 from dp_federated_lora.privacy import (
     Composition,
     GaussianMechanism,
@@ -15,6 +20,8 @@ from dp_federated_lora.privacy import (
     event_from_json,
     event_to_json,
 )
+from dp_federated_lora.privacy.accounting import LEAST_NOISE
+from plans import a_plan
 
 
 def event(q: float, z: float) -> da.DpEvent:
@@ -112,6 +119,36 @@ def test_other_events_of_the_library_are_not_charged_silently():
 def test_an_unreachable_target_says_so():
     with pytest.raises(PrivacyError, match="raise epsilon"):
         calibrate_noise_multiplier(epsilon=1e-6, delta=1e-9, sampling_rate=1.0, rounds=10_000)
+
+
+@pytest.mark.parametrize(
+    "heavy",
+    [
+        lambda: GaussianMechanism(1e-3),
+        lambda: Composition().add(event(1.0, 1.0), 10_000_000),
+        lambda: a_plan(rounds=10_000_000),
+        lambda: calibrate_noise_multiplier(epsilon=1e6, delta=1e-5, sampling_rate=1.0, rounds=1),
+        lambda: calibrate_noise_multiplier(epsilon=1.0, delta=1e-5, sampling_rate=1e-6, rounds=1),
+    ],
+    ids=["little noise", "many releases", "many rounds", "large epsilon", "a sample that is never drawn"],
+)
+def test_what_protects_nobody_is_refused_before_it_fills_the_memory(heavy: Callable[[], object]):
+    with pytest.raises(IncompatiblePlan, match="protects nobody"):
+        heavy()
+
+
+def test_the_least_noise_is_still_accounted_for_and_less_is_no_event():
+    mu = 1 / LEAST_NOISE
+
+    def delta(at: float) -> float:  # Balle and Wang 2018, arXiv 1805.06530, Theorem 8
+        return float(norm.cdf(mu / 2 - at / mu) - math.exp(at + norm.logcdf(-mu / 2 - at / mu)))
+
+    exact = brentq(lambda at: delta(at) - 1e-5, 100, 300)
+    assert exact <= epsilon(1.0, LEAST_NOISE, 1) <= 1.001 * exact
+    with pytest.raises(UnsupportedEvent, match=r"at least 0\.0625"):
+        Composition().add(da.GaussianDpEvent(1e-3))
+    with pytest.raises(UnsupportedEvent):
+        event_from_json({"event": "gaussian", "noise_multiplier": 1e-3})
 
 
 def test_the_library_disagrees_with_itself_under_replace_one_which_is_why_it_is_not_offered():

@@ -4,12 +4,21 @@ import math
 
 import mpmath
 import pytest
-from dp_accounting import GaussianDpEvent, LaplaceDpEvent
+from dp_accounting import GaussianDpEvent, LaplaceDpEvent, NoOpDpEvent, SelfComposedDpEvent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dp_federated_lora.errors import UnsupportedEvent
-from dp_federated_lora.privacy import Composition, DpEvent, GaussianMechanism, PoissonSampler, RenyiFilter, epsilon_rdp
+from dp_federated_lora.privacy import (
+    Composition,
+    DpEvent,
+    FixedSizeSampler,
+    GaussianMechanism,
+    PoissonSampler,
+    RenyiFilter,
+    TruncatedPoissonSampler,
+    epsilon_rdp,
+)
 
 DELTA = 1e-5
 
@@ -91,5 +100,27 @@ def test_the_filter_never_shows_less_than_the_tight_accountant_nor_shrinks(q: fl
 def test_unknown_events_are_refused():
     with pytest.raises(UnsupportedEvent):
         RenyiFilter(4).with_event(LaplaceDpEvent(1.0))
-    with pytest.raises(UnsupportedEvent):
-        RenyiFilter(4).with_event(GaussianDpEvent(0.0))
+    for bad in (GaussianDpEvent(0.0), SelfComposedDpEvent(GaussianDpEvent(1.0), 0), SelfComposedDpEvent(NoOpDpEvent(), -1)):
+        with pytest.raises(UnsupportedEvent):
+            RenyiFilter(4).with_event(bad)
+
+
+@pytest.mark.parametrize(
+    "sampler", [FixedSizeSampler(10, 100), TruncatedPoissonSampler(0.1, 20, 100)], ids=["replace-one", "PLD alone"]
+)
+def test_samples_without_a_renyi_bound_under_add_or_remove_one_are_refused(sampler: FixedSizeSampler | TruncatedPoissonSampler):
+    charged = sampler.amplify(GaussianMechanism(2.0).event)
+    for each in (charged, SelfComposedDpEvent(charged, 3)):
+        with pytest.raises(UnsupportedEvent, match=r"lifetime budget.*nothing was charged"):
+            RenyiFilter(4).with_event(each)
+
+
+def test_nothing_costs_nothing_and_a_repeated_event_as_much_as_its_repetitions():
+    total = after(8, event(0.1, 2.0), 3)
+    assert total.with_event(NoOpDpEvent()) == total.with_event(SelfComposedDpEvent(NoOpDpEvent(), 5)) == total
+    for charged in (event(0.1, 2.0), event(1.0, 3.0)):
+        repeated, singly = total.with_event(SelfComposedDpEvent(charged, 50)), total
+        for _ in range(50):
+            singly = singly.with_event(charged)
+        assert repeated.divergence == pytest.approx(singly.divergence, rel=1e-13)
+        assert repeated.divergence >= total.divergence + 50 * after(8, charged, 1).divergence * (1 - 1e-15)

@@ -51,7 +51,7 @@ def ledger_show(place: Place, owner: Owner = None, as_json: AsJson = False) -> N
     Console().print(table)
     typer.echo(
         f"epsilon {spend.epsilon:.4f} of {ledger.budget.epsilon:g} at delta {spend.delta:g}: {spend.charges} charges, "
-        f"{spend.released} published rounds"
+        f"{spend.released} published releases"
     )
 
 
@@ -110,10 +110,11 @@ def statement(
     from dp_federated_lora.monitoring.statement import statement_in_words  # noqa: PLC0415
 
     attestation = Attestation.of(run)
+    signed = attestation.signed() if out is not None or as_json else {}
     if out is not None:
-        write_durably(out, (json.dumps(attestation.signed(), indent=2) + "\n").encode())
+        write_durably(out, (json.dumps(signed, indent=2) + "\n").encode())
     if as_json:
-        print_json(attestation.signed())
+        print_json(signed)
         return
     typer.echo(statement_in_words(attestation.statement, insecure=attestation.config.run.insecure_seed is not None))
     if out is not None:

@@ -27,7 +27,7 @@ from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq
 
-from dp_federated_lora.errors import PrivacyError, UnsupportedEvent
+from dp_federated_lora.errors import IncompatiblePlan, PrivacyError, UnsupportedEvent
 
 __all__ = (
     "Composition",
@@ -43,6 +43,10 @@ __all__ = (
 _INTERVAL: Final = 1e-3
 # Calibration aims this much below the target: composing round by round and in one go differ by FFT rounding.
 _SAFETY: Final = 1e-5
+# Less noise protects nobody (one plain release at 1/16 costs epsilon 195), and its discretised distribution fills the memory.
+LEAST_NOISE: Final = 1.0 / 16.0
+# The same for many releases: q T / z^2 is about twice what T plain releases cost.
+_MOST: Final = 4096.0
 # Renyi orders for cohorts of fixed size: any set gives a bound, and more of them than these only take time.
 _ORDERS: Final = (*(1.0 + x / 10.0 for x in range(1, 10)), *range(2, 64))
 
@@ -74,12 +78,17 @@ def gaussian_parts(event: DpEvent) -> tuple[float, float]:
             rate, z = event.sample_size / event.source_dataset_size, 2.0 * event.event.noise_multiplier
         case TruncatedSubsampledGaussianDpEvent() if 1 <= event.truncated_batch_size <= event.dataset_size:
             rate, z = event.sampling_probability, event.noise_multiplier
-    if not (0.0 < rate <= 1.0 and math.isfinite(z) and z > 0.0):
+    if not (0.0 < rate <= 1.0 and math.isfinite(z) and z >= LEAST_NOISE):
         raise UnsupportedEvent(
-            f"{event} is not an event this accountant knows, or not one with 0 < q <= 1 and a positive, finite noise multiplier; "
-            "nothing was charged"
+            f"{event} is not an event this accountant knows, or not one with 0 < q <= 1 and a finite noise multiplier of at "
+            f"least {LEAST_NOISE:g}; nothing was charged"
         )
     return float(rate), float(z)
+
+
+def repeated(event: DpEvent) -> tuple[DpEvent, int]:
+    """The event that a `SelfComposedDpEvent` repeats and how often; any other event happens once."""
+    return (event.event, event.count) if isinstance(event, SelfComposedDpEvent) else (event, 1)
 
 
 def event_to_json(event: DpEvent) -> dict[str, Any]:
@@ -88,9 +97,9 @@ def event_to_json(event: DpEvent) -> dict[str, Any]:
     Raises:
         UnsupportedEvent: if the event is not in the closed table.
     """
-    once = event.event if isinstance(event, SelfComposedDpEvent) and event.count >= 1 else event
+    once, count = repeated(event)
     if not isinstance(once, NoOpDpEvent):
-        gaussian_parts(once)
+        gaussian_parts(once if count >= 1 else event)
     name, keys = next((name, keys) for name, (kind, keys) in _TABLE.items() if isinstance(event, kind))
     values = (getattr(event, attribute) for attribute in event.__match_args__)
     return {"event": name, **{k: event_to_json(v) if isinstance(v, DpEvent) else v for k, v in zip(keys, values, strict=True)}}
@@ -140,14 +149,19 @@ class Composition:
 
         Raises:
             UnsupportedEvent: if the event is not in the closed table, or of another neighbouring relation than those before.
+            IncompatiblePlan: if so many releases at so little noise protect nobody.
         """
-        if isinstance(event, SelfComposedDpEvent):
-            event, count = event.event, count * event.count
+        event, times = repeated(event)
+        count *= times
         if count < 1:
             raise PrivacyError(f"an event happens at least once, got {count}")
         if isinstance(event, NoOpDpEvent):
             return
-        gaussian_parts(event)
+        if _protects_nobody(*gaussian_parts(event), count):
+            raise IncompatiblePlan(
+                f"{count} releases of {event} cost an epsilon beyond any claim, which protects nobody: raise the noise "
+                "multiplier (by a lower epsilon), or lower the rounds"
+            )
         fixed_size_cohort = isinstance(event, SampledWithoutReplacementDpEvent)
         if self._pld is not None if fixed_size_cohort else self._fixed_size:
             raise UnsupportedEvent(
@@ -173,6 +187,10 @@ class Composition:
         if self._fixed_size:
             return epsilon_rdp(self._fixed_size.items(), delta)
         return 0.0 if self._pld is None else float(self._pld.get_epsilon_for_delta(delta))
+
+
+def _protects_nobody(rate: float, z: float, count: int) -> bool:
+    return count * rate > _MOST * z * z
 
 
 def epsilon_rdp(events: Iterable[tuple[DpEvent, int]], delta: float) -> float:
@@ -208,6 +226,7 @@ def calibrate_noise_multiplier(
 
     Raises:
         PrivacyError: if no noise multiplier up to 10,000 reaches the target.
+        IncompatiblePlan: if one below `LEAST_NOISE` would.
     """
     target = epsilon * (1.0 - _SAFETY)
 
@@ -224,6 +243,11 @@ def calibrate_noise_multiplier(
             )
     while cost(low) <= target:
         low, high = low / 2.0, low
+        if low < LEAST_NOISE:
+            raise IncompatiblePlan(
+                f"epsilon {epsilon:g} over {rounds} rounds at sampling rate {sampling_rate:g} asks for a noise multiplier below "
+                f"{high:g}, which protects nobody: lower epsilon, or raise sampling rate or rounds"
+            )
     root = brentq(lambda z: cost(z) - target, low, high, rtol=5e-5)
     while cost(root) > target:  # the root finder may end on either side
         root *= 1.0 + 5e-5
@@ -250,7 +274,9 @@ def calibrate_sampling_rate(*, epsilon: float, delta: float, noise_multiplier: f
 
 
 def _cost(rate: float, z: float, rounds: int, delta: float, beside: tuple[tuple[DpEvent, int], ...] = ()) -> float:
-    """Epsilon of `rounds` Poisson-sampled Gaussians and what happens beside them."""
+    """Epsilon of `rounds` Poisson-sampled Gaussians and what happens beside them; 1e9 stands for too much."""
+    if _protects_nobody(rate, z, rounds):
+        return 1e9  # finite, for the root finder
     gaussian = GaussianDpEvent(z)
     composition = Composition()
     composition.add(gaussian if rate == 1.0 else PoissonSampledDpEvent(rate, gaussian), rounds)

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final, Self, final
 
-from dp_accounting import NeighboringRelation
+from dp_accounting import GaussianDpEvent, NeighboringRelation, NoOpDpEvent, PoissonSampledDpEvent
 from dp_accounting.rdp import RdpAccountant
 from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
 
-from dp_federated_lora.privacy.accounting import DpEvent, gaussian_parts
+from dp_federated_lora.errors import UnsupportedEvent
+from dp_federated_lora.privacy.accounting import DpEvent, gaussian_parts, repeated
 
 # Integer orders: the divergence of the sampled Gaussian is then a finite sum (Mironov et al. 2019, arXiv 1908.10530, 3.3).
 _ORDERS: Final = range(2, 4097)
@@ -54,10 +55,20 @@ class RenyiFilter:
         """The filter after one more execution of `event`; this one stays as it is.
 
         Raises:
-            UnsupportedEvent: if the event is not in the closed table.
+            UnsupportedEvent: if the event has no Renyi bound under add-or-remove-one: not in the closed table, a capped sample
+                (only its PLD is known), or a cohort of fixed size (replace-one).
         """
-        gaussian_parts(event)
-        return replace(self, divergence=math.nextafter(self.divergence + _divergence(event, self.order), math.inf))
+        once, count = repeated(event)
+        if count >= 1 and isinstance(once, NoOpDpEvent):
+            return self
+        if count < 1 or not isinstance(once, GaussianDpEvent | PoissonSampledDpEvent):
+            raise UnsupportedEvent(
+                f"{event} cannot be charged to a lifetime budget, which is a Renyi bound under add-or-remove-one: use Poisson "
+                "sampling or none; nothing was charged"
+            )
+        gaussian_parts(once)
+        added = math.nextafter(count * _divergence(once, self.order), math.inf)
+        return replace(self, divergence=math.nextafter(self.divergence + added, math.inf))
 
     def epsilon(self, delta: float) -> float:
         """Epsilon so far at `delta`; 0 for no event."""

@@ -75,7 +75,7 @@ class Budget:
 @final
 @dataclass(frozen=True, slots=True)
 class Spend:
-    """What has been charged: epsilon at delta, number of charges, number of published rounds."""
+    """What has been charged: epsilon at delta, number of charges, and of those whose release was published."""
 
     epsilon: float
     delta: float

@@ -10,7 +10,7 @@ import torch
 from dp_accounting import GaussianDpEvent
 
 from dp_federated_lora.errors import IncompatiblePlan, PermitMismatch
-from dp_federated_lora.privacy.accounting import DpEvent, gaussian_parts
+from dp_federated_lora.privacy.accounting import LEAST_NOISE, DpEvent, gaussian_parts
 from dp_federated_lora.privacy.bounded import LATTICE_BITS, BoundedSum, Released
 from dp_federated_lora.privacy.clipping import resolution
 from dp_federated_lora.privacy.ledger import Permit
@@ -27,14 +27,16 @@ class GaussianMechanism:
     post-processing of the Gaussian mechanism, hence never more than its epsilon.
 
     Args:
-        noise_multiplier: z > 0, standard deviation over sensitivity.
+        noise_multiplier: z >= `LEAST_NOISE`, standard deviation over sensitivity.
     """
 
     noise_multiplier: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
-            raise IncompatiblePlan(f"noise_multiplier must be positive and finite, got {self.noise_multiplier}")
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= LEAST_NOISE):
+            raise IncompatiblePlan(
+                f"a noise_multiplier is finite and at least {LEAST_NOISE:g}, got {self.noise_multiplier:g}: less protects nobody"
+            )
 
     @property
     def event(self) -> GaussianDpEvent:
