@@ -115,7 +115,9 @@ def test_whatever_else_differs_is_named():
     assert not found.passed
     assert "number of released: 1 and 2" in compare(transcript(), transcript(released=[torch.zeros(4)] * 2), SAMPLED).leaks
     for value, passed in ((size / 2, True), (size / 2 * (1 + 2 * ROUNDING), False), (float("nan"), False)):
-        assert compare(transcript(), transcript(released=[torch.full((4,), value)]), SAMPLED).passed == passed
+        assert (
+            compare(transcript(), transcript(released=[torch.full((4,), value, dtype=torch.float64)]), SAMPLED).passed == passed
+        )
 
 
 def public(text: str) -> list[dict[str, object]]:

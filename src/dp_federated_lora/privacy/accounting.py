@@ -273,6 +273,7 @@ def calibrate_sampling_rate(*, epsilon: float, delta: float, noise_multiplier: f
     return float(q)
 
 
+@lru_cache(maxsize=1024)  # root finders ask for the ends of their interval again
 def _cost(rate: float, z: float, rounds: int, delta: float, beside: tuple[tuple[DpEvent, int], ...] = ()) -> float:
     """Epsilon of `rounds` Poisson-sampled Gaussians and what happens beside them; 1e9 stands for too much."""
     if _protects_nobody(rate, z, rounds):

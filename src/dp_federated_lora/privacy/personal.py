@@ -10,6 +10,7 @@ Budgets are declared and public. What an individual has really spent depends on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -77,10 +78,11 @@ def personal_tiers(
     def rates(z: float) -> list[float]:
         return [calibrate_sampling_rate(epsilon=b.epsilon, delta=b.delta, noise_multiplier=z, rounds=rounds) for b, _ in budgets]
 
-    def excess(z: float) -> float:
-        return sum(q * units for q, (_, units) in zip(rates(z), budgets, strict=True)) / total - sampling_rate
+    def excess(log_z: float) -> float:  # between logarithms it is nearly a line, which takes a root finder few steps
+        mean = sum(q * units for q, (_, units) in zip(rates(math.exp(log_z)), budgets, strict=True)) / total
+        return math.log(mean / sampling_rate)
 
     # Between the noise that the most generous and the most careful budget alone would ask for, the mean rate reaches q.
     # The ends move out by more than the tolerance of rates and multipliers, so that the root lies between them.
-    z = float(brentq(excess, 0.998 * min(multipliers), 1.002 * max(multipliers), rtol=1e-4))
+    z = math.exp(brentq(excess, math.log(0.998 * min(multipliers)), math.log(1.002 * max(multipliers)), xtol=1e-4))
     return z, tuple(Tier(budget, units, q, 1.0) for (budget, units), q in zip(budgets, rates(z), strict=True))
