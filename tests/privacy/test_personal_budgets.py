@@ -97,12 +97,12 @@ def grouped(variant: Personalisation) -> PrivacyPlan:
 def test_a_plan_draws_each_group_at_its_own_rate_and_clips_it_to_its_own_share():
     sample, scale = grouped(Personalisation.SAMPLE), grouped(Personalisation.SCALE)
     careful, generous = sample.tiers
-    drawn = sample.draw(1000, SecureRandom.insecure_from(1))
+    drawn = sample.draw(range(1000), SecureRandom.insecure_from(1), number=1)
     for size, members, tier in ((400, drawn[drawn < 400], careful), (600, drawn[drawn >= 400], generous)):
         spread = math.sqrt(size * tier.sampling_rate * (1 - tier.sampling_rate))
         assert abs(len(members) - size * tier.sampling_rate) < 5.4 * spread  # false positives below 1e-7
     with pytest.raises(IncompatiblePlan, match="no population of 999"):
-        sample.draw(999, SecureRandom.insecure_from(1))
+        sample.draw(range(999), SecureRandom.insecure_from(1), number=1)
     total = scale.clip(torch.full((1, 9), 50.0), 2.0, [UnitId("a")], tier=0)
     norm = math.sqrt(sum(int(v) ** 2 for v in total._value)) * 2.0 / 2**22
     assert norm == pytest.approx(2.0 * scale.tiers[0].clip_share, rel=1e-5)

@@ -20,7 +20,7 @@ from dp_federated_lora.aggregation import ServerOptimizer
 from dp_federated_lora.audit.bounds import Guesses
 from dp_federated_lora.errors import AuditError
 from dp_federated_lora.federated import Exchange, Purpose, Request, Server
-from dp_federated_lora.privacy import BoundedSum, PrivacyUnit, SecureRandom, UnitId
+from dp_federated_lora.privacy import BoundedSum, GaussianMechanism, PrivacyUnit, SecureRandom, UnitId
 from dp_federated_lora.vector import Layout
 
 AUDITOR: Final = "auditor"
@@ -51,7 +51,7 @@ class CanaryAudit:
         """The same engine with the canaries that take part as further participants, and a server whose releases are noted.
 
         Raises:
-            AuditError: if a participant has the name of a canary, or participants have budgets of their own.
+            AuditError: if a participant has the name of a canary, participants have budgets of their own, or noise is correlated.
         """
         self._released = torch.zeros(server.layout.size, dtype=torch.float64)
         return _WithCanaries(exchange, server, self), replace(server, optimizer=_Noting(server, self._released))
@@ -104,6 +104,8 @@ class _WithCanaries:
             self._extra = [AUDITOR]
         if server.plan.tiers:
             raise AuditError("canaries belong to no declared group of budgets: audit the configuration without privacy.groups")
+        if not isinstance(server.plan.mechanism, GaussianMechanism):
+            raise AuditError("canaries are judged against independent noise: audit the configuration without privacy.correlated")
         if taken := set(self._extra) & set(inner.names):
             raise AuditError(f"a participant is called {sorted(taken)[0]!r}, as a canary is: rename it")
 
@@ -125,7 +127,8 @@ class _WithCanaries:
                 row = self._vector(self._members[member], layout, request.clip_norm)[None]
                 yield plan.clip(row, request.clip_norm, [UnitId(self._extra[member])])
         elif drawn:
-            chosen = plan.draw(len(self._members), rng.derive(AUDITOR).derive("sample")).tolist()
+            stream = rng.derive(AUDITOR).derive("sample")
+            chosen = plan.draw(range(len(self._members)), stream, number=request.round).tolist()
             for start in range(0, len(chosen), _ROWS):
                 indices = [self._members[i] for i in chosen[start : start + _ROWS]]
                 rows = torch.stack([self._vector(index, layout, request.clip_norm) for index in indices])

@@ -58,6 +58,7 @@ def init(
 def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say what a run would do, cost and promise; nothing is trained."""
     from dp_federated_lora.lab import load_config, plan_run  # noqa: PLC0415
+    from dp_federated_lora.lab.planning import participation_in_words  # noqa: PLC0415
     from dp_federated_lora.monitoring.statement import statement_in_words  # noqa: PLC0415
 
     settings = load_config(config, overrides=overrides or ())
@@ -72,6 +73,7 @@ def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
             "noise multiplier": f"{facts['noise_multiplier']:.4f}",
             "rounds": f"{facts['steps']}",
             "sampling rate": f"{facts['sampling_rate']:g}",
+            "rounds of a unit": participation_in_words(result.privacy),
             "expected cohort": f"{facts['expected_cohort']:g} {result.privacy.unit.value}s a round",
             "trained parameters": f"{facts['trainable_parameters']:,} ({facts['trainable_fraction']:.3%} of the model)",
             "bytes per participant and round": f"{facts['bytes_per_client_round']:,}",

@@ -1,9 +1,9 @@
 """What survives a crash: the server state after a round, and the key of a round under way.
 
-Both are written to a temporary file, synced and renamed, so a reader finds the old or the new content, never a
-torn one. The key file lives from before the charge until the round's checkpoint is durable: with it, an interrupted
-round is re-created to the bit under its first charge. Whoever reads it can subtract that round's noise, so it is
-readable by its owner only and overwritten before it is removed.
+Both are written to a temporary file, synced and renamed, so a reader finds the old or the new content, never a torn one, and
+both can be read by their owner alone. The key file lives from before the charge until the round's checkpoint is durable: with
+it, an interrupted round is re-created to the bit under its first charge. Whoever reads it can subtract that round's noise, so
+it is overwritten before it is removed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, final
 
@@ -30,22 +30,27 @@ _FORMAT: Final = "dpfl-checkpoint-2"
 @final
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """State after `round` rounds: all adapter tensors, the server optimiser's, and the next round's clip norm."""
+    """State after `round` rounds: all adapter tensors, the server optimiser's, and the next round's clip norm.
+
+    `noise` is what the mechanism keeps for later rounds: a secret, for whoever has it can subtract noise.
+    """
 
     round: int
     adapter: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     clip_norm: float
+    noise: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 def write_checkpoint(path: Path, state: ServerState, *, run_id: str, ledger_head: str) -> None:
-    """Save `state` durably, with the run it belongs to and the ledger head it has seen.
+    """Save `state` durably, for its owner's eyes only, with the run it belongs to and the ledger head it has seen.
 
     Raises:
         StorageError: if the disk refuses.
     """
     tensors = {f"adapter/{n}": t.contiguous() for n, t in state.adapter.items()}
     tensors |= {f"optimizer/{n}": t.contiguous() for n, t in state.optimizer.items()}
+    tensors |= {f"noise/{n}": t.contiguous() for n, t in state.noise.items()}
     tensors["server/clip_norm"] = torch.tensor(state.clip_norm, dtype=torch.float64)
     facts = {
         "format": _FORMAT,
@@ -54,7 +59,7 @@ def write_checkpoint(path: Path, state: ServerState, *, run_id: str, ledger_head
         "ledger_head": ledger_head,
         "digest": _digest(tensors),
     }
-    write_durably(path, save(tensors, metadata=facts))
+    write_durably(path, save(tensors, metadata=facts), mode=0o600)
 
 
 def read_checkpoint(path: Path, *, run_id: str) -> tuple[ServerState, str]:
@@ -77,12 +82,12 @@ def read_checkpoint(path: Path, *, run_id: str) -> tuple[ServerState, str]:
             f"the checkpoint {path} belongs to configuration {facts['run_id'][:12]}, this run is {run_id[:12]}: "
             "a run resumes with the configuration and data it was started with"
         )
-    parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}, "server": {}}
+    parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}, "server": {}, "noise": {}}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
         parts[kind][rest] = tensor
-    state = ServerState(int(facts["round"]), parts["adapter"], parts["optimizer"], float(parts["server"]["clip_norm"]))
-    return state, facts["ledger_head"]
+    clip_norm = float(parts["server"]["clip_norm"])
+    return ServerState(int(facts["round"]), parts["adapter"], parts["optimizer"], clip_norm, parts["noise"]), facts["ledger_head"]
 
 
 def checkpoint_head(path: Path) -> str:

@@ -94,7 +94,7 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
         return _scores(client, learner)
     trained = learner.model.train_only(client.method.factors_in(request.round))
     if plan.unit is PrivacyUnit.EXAMPLE:
-        chosen = plan.draw(len(client.examples), rng.derive("sample"), tier=client.tier).tolist()
+        chosen = plan.draw(client.examples.units, rng.derive("sample"), number=request.round, tier=client.tier).tolist()
         return example_gradient_sum(
             learner,
             trained,

@@ -93,8 +93,8 @@ class Server:
         layout = Layout.of(model.parameters(method.factors))
         head = frozenset(model.parameters(HEAD_ALONE))
         server = cls(plan=plan, method=method, optimizer=optimizer, layout=layout, head=head, head_scale=head_scale)
-        first = ServerState(round=0, adapter=model.state(), optimizer=optimizer.init(layout.size), clip_norm=plan.clip_norm)
-        return server, first
+        noise = plan.start_noise(layout.size)
+        return server, ServerState(0, model.state(), optimizer.init(layout.size), plan.clip_norm, noise)
 
     def layout_in(self, number: int) -> Layout:
         """Layout of what clients send in round `number`."""
@@ -116,7 +116,8 @@ class Server:
                 f"every group's budget is planned for {self.plan.rounds} charges and all are made: nothing was released; the run "
                 "ends here"
             )
-        return ledger.reserve(self.plan.event, round=state.round + 1, purpose=Purpose.TRAINING.value, commitment=key.commitment)
+        number, purpose = state.round + 1, Purpose.TRAINING.value
+        return ledger.reserve(self.plan.event_in(number), round=number, purpose=purpose, commitment=key.commitment)
 
     def run_round(self, state: ServerState, permit: Permit, exchange: Exchange, key: SecureRandom) -> tuple[ServerState, float]:
         """Draw the cohort, collect, release, step.
@@ -129,12 +130,12 @@ class Server:
         everyone = range(len(exchange.names))
         cohort: Sequence[int] = everyone  # in the example unit each client samples its own examples
         if plan.unit is PrivacyUnit.CLIENT:
-            cohort = plan.draw(len(everyone), key.derive("cohort")).tolist()
+            cohort = plan.draw(everyone, key.derive("cohort"), number=number).tolist()
         request = Request(Purpose.TRAINING, number, plan.content_id, state.adapter, clip_norm)
         parts = exchange(request, cohort, key.derive("clients"))
         size, bound = layout.size + plan.extra_coordinates, plan.sensitivity(clip_norm)
         total = BoundedSum.merge(parts, size=size, clip_norm=bound)
-        released = plan.mechanism.release(total, charged=plan.event, permit=permit, rng=key)
+        released, noise = plan.release(total, state.noise, permit=permit, rng=key)
         mean, extra = torch.tensor_split(released.value / plan.divisor, [layout.size])
         sent = layout.unflatten(mean)
         zeros = self.layout.unflatten(torch.zeros(self.layout.size, dtype=torch.float64))
@@ -144,7 +145,7 @@ class Server:
             if name in sent:
                 scale = self.head_scale if name in self.head else 1.0
                 adapter[name] = (adapter[name].to(torch.float64) + scale * change).to(torch.float32)
-        following = ServerState(number, adapter, optimizer, plan.clip_norm_after(clip_norm, extra))
+        following = ServerState(number, adapter, optimizer, plan.clip_norm_after(clip_norm, extra), noise)
         return following, float(torch.linalg.vector_norm(mean))
 
     def evaluate(
@@ -168,7 +169,7 @@ class Server:
             epsilon=spend.epsilon,
             delta=spend.delta,
             update_norm=update_norm,
-            noise_norm=self.plan.noise_norm(self.layout_in(state.round).size, clip_norm),
+            noise_norm=self.plan.noise_norm(self.layout_in(state.round).size, clip_norm, number=state.round),
             clip_norm=clip_norm,
             bytes_per_client=self.bytes_per_client(state.round),
             public_metrics={},

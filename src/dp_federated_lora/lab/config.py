@@ -108,6 +108,19 @@ class GroupSection(_Section):
     population: Count | None = None
 
 
+class CorrelatedSection(_Section):
+    """[privacy.correlated]: noise that cancels in part over rounds, for runs without secret sampling.
+
+    A unit has its turn in every `separation`-th round, by its number; `sampling_rate` is that of those whose turn it is, and at 1
+    there is no coin. With `bands` a round's noise depends on that of bands - 1 rounds before, which the server keeps; with
+    `buffers`, two to five, on that of all rounds, of which it keeps so many sums.
+    """
+
+    separation: Count
+    bands: Count | None = None
+    buffers: Annotated[int, Field(ge=1, le=8)] | None = None
+
+
 class PrivacySection(_Section):
     """[privacy]: the guarantee. `epsilon` is the dial; noise is calibrated from it.
 
@@ -130,6 +143,7 @@ class PrivacySection(_Section):
     population: Count | None = None
     groups: Annotated[tuple[GroupSection, ...], Field(strict=False)] = ()
     personalisation: Literal["sample", "scale"] = "sample"
+    correlated: CorrelatedSection | None = None
     allow_weak_privacy: bool = False
 
 
@@ -263,8 +277,8 @@ class Config(_Section):
                 problems.append("evaluation.epsilon: is a part of privacy.epsilon and must be smaller, or training has no budget")
             if self.evaluation.every > privacy.rounds:
                 problems.append("evaluation.every: is larger than privacy.rounds, so nothing would ever be scored")
-        if privacy.groups:
-            problems += self._group_problems()
+        problems += self._group_problems() if privacy.groups else []
+        problems += self._correlation_problems(privacy.correlated) if privacy.correlated else []
         if self.method.name in GATHERED:
             problems.append(
                 f"method.name: {self.method.name} {GATHERED[self.method.name]}, so its contribution is no sum and central noise "
@@ -272,6 +286,28 @@ class Config(_Section):
             )
         elif self.method.name not in ("ffa", "fedavg"):
             problems.append(f'method.name: unknown method {self.method.name!r}; use "ffa" or "fedavg"')
+        return problems
+
+    def _correlation_problems(self, section: CorrelatedSection) -> list[str]:
+        privacy, problems = self.privacy, []
+        if (section.bands is None) == (section.buffers is None):
+            problems.append("privacy.correlated: give either bands or buffers")
+        if max(section.bands or 1, section.separation, (section.buffers or 0) + 1) > privacy.rounds:
+            problems.append("privacy.correlated: bands and separation are at most privacy.rounds, buffers fewer")
+        if (section.bands or 0) > section.separation:
+            problems.append(
+                "privacy.correlated.bands: are at most separation, or the rounds of one unit would overlap; buffers may overlap"
+            )
+        if section.buffers is not None and privacy.sampling_rate < 1.0:
+            problems.append(
+                "privacy.correlated.buffers: reach over all rounds, so sampling cannot be accounted for by turns; use bands, or "
+                "sampling_rate = 1.0"
+            )
+        if privacy.clip_quantile is not None or privacy.groups or self.training.head_rounds:
+            problems.append(
+                "privacy.correlated: cannot be combined with clip_quantile, groups or training.head_rounds: noise cancels only "
+                "between rounds of one clip norm, the same for all units, and one set of parameters"
+            )
         return problems
 
     def _group_problems(self) -> list[str]:

@@ -1,13 +1,13 @@
 """Which bands to correlate noise with: the least squared error of all prefix sums, found once before a run.
 
 After t rounds of plain SGD the model has taken in the sum of t releases, whose noise is row t of A C^{-1} Z with A the prefix
-sums (arXiv 2306.08153). Nothing here touches data or affects a guarantee: `BandedGaussian` scales its noise to whatever bands it
-is given.
+sums (arXiv 2306.08153). Nothing here touches data or affects a guarantee: `CorrelatedGaussian` scales its noise to
+whatever it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from scipy.optimize import minimize, nnls
 from scipy.signal import lfilter
 
 from dp_federated_lora.errors import ConfigError
-from dp_federated_lora.privacy import Participation, sensitivity
+from dp_federated_lora.privacy import Correlation, Participation, sensitivity
 
 Floats = NDArray[np.float64]
 Error = Literal["mean", "max"]  # over rounds; the largest error of a prefix sum is that of the last
@@ -28,13 +28,14 @@ def square_root_bands(n: int) -> Floats:
     return np.cumprod(np.append(1.0, (2 * k - 1) / (2 * k)))
 
 
-def prefix_error(bands: Sequence[float] | Floats, rounds: int, error: Error = "mean") -> float:
-    """Mean or largest variance of the noise in the prefix sums of `rounds` rounds, for Z of variance 1."""
-    return float(_weights(rounds, error) @ _impulse([1.0], np.convolve(bands, [1.0, -1.0]), rounds) ** 2)
+def prefix_error(column: Floats, rounds: int, error: Error = "mean") -> float:
+    """Mean or largest variance of the noise in the prefix sums of `rounds` rounds, for Z of variance 1 and C of that column."""
+    return float(_weights(rounds, error) @ _impulse([1.0], np.convolve(column, [1.0, -1.0]), rounds) ** 2)
 
 
-def optimise_bands(rounds: int, bands: int, error: Error = "mean") -> tuple[float, ...]:
-    """Bands `(bands,)` of unit norm with the least error if rounds of one unit are at least `bands` apart.
+@lru_cache(maxsize=8)
+def optimise_bands(rounds: int, bands: int, error: Error = "mean") -> Correlation:
+    """The bands, the first one included, with the least error if rounds of one unit are at least `bands` apart.
 
     Then every participation costs the same and how many there are does not matter.
 
@@ -55,17 +56,13 @@ def optimise_bands(rounds: int, bands: int, error: Error = "mean") -> tuple[floa
         return float(total * norm), gradient * norm + 2.0 * total * free
 
     best = minimize(loss, square_root_bands(bands)[1:], jac=True, method="L-BFGS-B", options=_OPTIONS).x if bands > 1 else []
-    unit = np.append(1.0, best)
-    return tuple((unit / np.linalg.norm(unit)).tolist())
+    return Correlation(tuple(float(band) for band in best))
 
 
-def optimise_buffers(
-    rounds: int, participation: Participation, buffers: int, error: Error = "mean"
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Decays and scales of a buffered Toeplitz C (BLT, arXiv 2408.08868), c_j = sum_i scale_i decay_i^(j-1), of little error.
-
-    Takes any participation, also rounds of one unit closer together than C is wide; `buffered_bands` gives its bands.
-    """
+@lru_cache(maxsize=8)
+def optimise_buffers(rounds: int, separation: int, maximum: int, buffers: int, error: Error = "mean") -> Correlation:
+    """A C without end (BLT, arXiv 2408.08868) of little error for `Participation(separation, maximum)`, overlapping or not."""
+    participation = Participation(separation, maximum)
     weights = _weights(rounds, error)
 
     def loss(free: Floats) -> float:
@@ -75,7 +72,7 @@ def optimise_buffers(
         below = np.poly(decays)
         above = below + np.append(0.0, sum(s * np.poly(np.delete(decays, i)) for i, s in enumerate(scales)))
         sums = _impulse(below, np.convolve(above, [1.0, -1.0]), rounds)
-        return float(weights @ sums**2) * sensitivity(buffered_bands(decays, scales, rounds), participation) ** 2
+        return float(weights @ sums**2) * sensitivity(_buffered(decays, scales).column(rounds), participation) ** 2
 
     def search(slowest: float) -> Any:
         decays = 1.0 - np.geomspace(slowest, 0.5, buffers)
@@ -87,13 +84,11 @@ def optimise_buffers(
         return result
 
     best = min((search(slowest) for slowest in (1e-3 / rounds, 1.0 / rounds, 10.0 / rounds)), key=lambda result: result.fun)
-    decays, scales = _parameters(best.x)
-    return tuple(decays.tolist()), tuple(scales.tolist())
+    return _buffered(*_parameters(best.x))
 
 
-def buffered_bands(decays: Sequence[float] | Floats, scales: Sequence[float] | Floats, rounds: int) -> Floats:
-    """First column of C, `(rounds,)`."""
-    return np.append(1.0, np.asarray(scales) @ np.power.outer(np.asarray(decays), np.arange(rounds - 1)))
+def _buffered(decays: Floats, scales: Floats) -> Correlation:
+    return Correlation(tuple(scales.tolist()), tuple(decays.tolist()))
 
 
 _OPTIONS = {"maxiter": 500, "ftol": 1e-13, "gtol": 1e-9}

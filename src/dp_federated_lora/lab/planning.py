@@ -35,6 +35,7 @@ class RunPlan:
         return {
             "noise_multiplier": self.privacy.mechanism.noise_multiplier,
             "sampling_rate": self.privacy.sampler.sampling_rate,
+            **participation_json(self.privacy),
             "steps": self.privacy.rounds,
             "expected_cohort": self.privacy.divisor,
             "delta": self.privacy.budget.delta,
@@ -43,6 +44,18 @@ class RunPlan:
             "bytes_per_client_round": self.bytes_per_client_round,
             "statement": statement_json(self.statement),
         }
+
+
+def participation_json(plan: PrivacyPlan) -> dict[str, Any]:
+    """How often a unit takes part at most, and how many rounds lie between."""
+    limit = plan.participation
+    return {"participations": limit.times(plan.rounds), "separation": limit.separation}
+
+
+def participation_in_words(plan: PrivacyPlan) -> str:
+    """The same for people."""
+    facts = participation_json(plan)
+    return f"at most {facts['participations']:,}" + (f", {facts['separation']:,} apart" if facts["separation"] > 1 else "")
 
 
 def statement_json(statement: tuple[StatementRow, ...]) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from dp_federated_lora.files import write_durably
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.ledgers import LifetimeBudgets
-from dp_federated_lora.lab.planning import statement_at, statement_json
+from dp_federated_lora.lab.planning import participation_in_words, participation_json, statement_at, statement_json
 from dp_federated_lora.lab.stopping import reason_to_stop
 from dp_federated_lora.lab.workbench import Workbench, data_id, head_scale, participant_tiers, privacy_plan, server_optimizer
 from dp_federated_lora.monitoring.log import open_log
@@ -132,7 +132,8 @@ class Run:
         self._plan: PrivacyPlan = privacy_plan(config)
         self._bench = Workbench.of(config)
         clients = self._bench.clients(self._plan)
-        self._run_id = hashlib.sha256(f"{config.content_id}{data_id(clients)}".encode()).hexdigest()
+        identity = f"{config.content_id}{self._plan.content_id}{data_id(clients)}"  # another library may plan otherwise
+        self._run_id = hashlib.sha256(identity.encode()).hexdigest()
         self._probe = self._bench.test_examples(limit=config.run.evaluate_examples)
         sets = [examples for client in clients for examples in (client.examples, client.held_out)]
         self._prepare(sets if self._probe is None else [*sets, self._probe])
@@ -142,8 +143,6 @@ class Run:
         self._exchange, self._server = instrument(Simulator(clients, self._bench.learner), server)
         self._ledger = Ledger.open(directory.ledger, budget=self._plan.budget, owner=OWNER)
         self._lifetime = LifetimeBudgets.open(config)
-        by_tier = [self._plan.event_of(tier) for tier in self._plan.tiers] or [self._plan.event]
-        self._training_events = [by_tier[tier] for tier in participant_tiers(config)]
         self._stopped: str | None = None
         self._reports: list[RoundReport] = []
         self._recover()
@@ -151,7 +150,7 @@ class Run:
     def _prepare(self, sets: list[Examples]) -> None:
         """Compute what never changes, where an example is expected to be used more than once."""
         steps = self._config.training.local_steps or 1
-        if self._plan.rounds * self._plan.sampler.sampling_rate * steps <= 1:
+        if self._plan.rounds * self._plan.divisor / self._config.population * steps <= 1:
             return
         done, total = 0, sum(len(examples) for examples in sets)
         for examples in sets:
@@ -224,7 +223,9 @@ class Run:
     def _round(self) -> None:
         number = self._state.round + 1
         key = self._keys.open_round(number, insecure_seed=self._config.run.insecure_seed)
-        self._charge_lifetimes(self._training_events, Purpose.TRAINING, number, key)
+        by_tier = [self._plan.event_of(tier) for tier in self._plan.tiers] or [self._plan.event_in(number)]
+        events = [by_tier[tier] for tier in participant_tiers(self._config)]
+        self._charge_lifetimes(events, Purpose.TRAINING, number, key)
         permit = self._server.reserve(self._state, self._ledger, key)
         clip_norm = self._state.clip_norm
         self._state, update_norm = self._server.run_round(self._state, permit, self._exchange, key)
@@ -247,7 +248,7 @@ class Run:
         if evaluation is None or not evaluation.due(number):
             return {}
         key = key.derive(Purpose.EVALUATION.value)
-        self._charge_lifetimes([evaluation.event] * len(self._training_events), Purpose.EVALUATION, number, key)
+        self._charge_lifetimes([evaluation.event] * self._config.federation.clients, Purpose.EVALUATION, number, key)
         permit = self._ledger.reserve(evaluation.event, round=number, purpose=Purpose.EVALUATION.value, commitment=key.commitment)
         scores = self._server.evaluate(self._state, evaluation, permit, self._exchange, key)
         self._ledger.commit(permit.serial)
@@ -276,6 +277,7 @@ class Run:
             "stopped": self._stopped,
             "noise_multiplier": self._plan.mechanism.noise_multiplier,
             "sampling_rate": self._plan.sampler.sampling_rate,
+            **participation_json(self._plan),
             "clip_norm": self._plan.clip_norm,
             "plan": self._plan.content_id,
             "ledger_head": self._ledger.head,
@@ -303,6 +305,7 @@ class Run:
                 "Noise multiplier": f"{plan.mechanism.noise_multiplier:.4f}",
                 "Sampling rate": f"{plan.sampler.sampling_rate:g}",
                 "Clip norm": f"{plan.clip_norm:g}",
+                "Rounds of a unit": participation_in_words(plan),
                 "Rounds": f"{self._state.round} of {plan.rounds}",
                 **({"Ended early": self._stopped} if self._stopped else {}),
                 "Bytes per participant and round": f"{self._server.bytes_per_client(plan.rounds):,}",

@@ -24,10 +24,12 @@ from dp_federated_lora.data import (
 from dp_federated_lora.errors import ConfigError
 from dp_federated_lora.federated import Client
 from dp_federated_lora.lab.config import Config
+from dp_federated_lora.lab.factorisation import optimise_bands, optimise_buffers
 from dp_federated_lora.lora import AdaptedModel, Task, adapt, load_backbone
 from dp_federated_lora.privacy import (
     AdaptiveClip,
     Budget,
+    Correlation,
     Personalisation,
     PrivacyPlan,
     PrivacyUnit,
@@ -53,6 +55,7 @@ def privacy_plan(config: Config) -> PrivacyPlan:
         evaluation=_private_evaluation(config),
         groups=[(Budget(group.epsilon, privacy.delta), group.population or group.clients) for group in privacy.groups],
         personalisation=Personalisation(privacy.personalisation),
+        correlation=_correlation(config),
     )
 
 
@@ -69,6 +72,16 @@ def _private_evaluation(config: Config) -> PrivateEvaluation | None:
     times = privacy.rounds // section.every
     z = calibrate_noise_multiplier(epsilon=section.epsilon, delta=privacy.delta, sampling_rate=1.0, rounds=times)
     return PrivateEvaluation(noise_multiplier=z, every=section.every, loss_cap=section.loss_cap)
+
+
+def _correlation(config: Config) -> tuple[Correlation, int] | None:
+    """How noise is correlated, and the rounds from one turn of a unit to the next."""
+    section, rounds = config.privacy.correlated, config.privacy.rounds
+    if section is None:
+        return None
+    if section.bands is not None:
+        return optimise_bands(rounds, section.bands), section.separation
+    return optimise_buffers(rounds, section.separation, rounds, section.buffers or 0), section.separation
 
 
 def _adaptive_clip(config: Config) -> AdaptiveClip | None:
@@ -212,13 +225,16 @@ class Workbench:
         else:
             parts = iid(len(table), federation.clients, self.config.run.seed)
         clients = []
-        for name, tier, part in zip(participant_names(self.config), participant_tiers(self.config), parts, strict=True):
+        tiers = participant_tiers(self.config)
+        for number, (name, part) in enumerate(zip(participant_names(self.config), parts, strict=True)):
             examples, evaluation = self.tokenize(_rows(table, part)), self.config.evaluation
+            # Not all from 0: where units take turns by number, those of small participants would all have the same ones.
+            examples = replace(examples, units=tuple(range(number, number + len(examples))))
             rest, held_out = examples, examples.subset(())
             if evaluation is not None:
                 rest, held_out = examples.split(evaluation.holdout, self.config.run.seed)
             local = local_steps(self.config)
-            clients.append(Client(name, rest, plan, self.method, local, held_out, tier))
+            clients.append(Client(name, rest, plan, self.method, local, held_out, tiers[number]))
         return clients
 
     def test_examples(self, source: str | None = None, *, limit: int | None = None) -> Examples | None:

@@ -10,7 +10,7 @@ from dp_federated_lora.privacy.accounting import (
 )
 from dp_federated_lora.privacy.bounded import Bounded, BoundedSum, Released, UnitId
 from dp_federated_lora.privacy.clipping import AdaptiveClip, clip_examples, clip_to
-from dp_federated_lora.privacy.correlated import BandedGaussian, NoiseState, inverse, sensitivity
+from dp_federated_lora.privacy.correlated import CorrelatedGaussian, Correlation, NoiseState, inverse, sensitivity
 from dp_federated_lora.privacy.evaluation import PrivateEvaluation
 from dp_federated_lora.privacy.filters import RenyiFilter
 from dp_federated_lora.privacy.gradients import ExampleGradients
@@ -25,11 +25,12 @@ from dp_federated_lora.storage import LedgerRow
 
 __all__ = (
     "AdaptiveClip",
-    "BandedGaussian",
     "Bounded",
     "BoundedSum",
     "Budget",
     "Composition",
+    "CorrelatedGaussian",
+    "Correlation",
     "CyclicPoissonSampler",
     "DpEvent",
     "ExampleGradients",

@@ -5,26 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from itertools import accumulate
 from typing import Final, Self, final
 
 import numpy as np
+from dp_accounting import NoOpDpEvent
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dp_federated_lora.errors import IncompatiblePlan
 from dp_federated_lora.privacy.accounting import Composition, DpEvent, calibrate_noise_multiplier
-from dp_federated_lora.privacy.bounded import BoundedSum, UnitId
+from dp_federated_lora.privacy.bounded import BoundedSum, Released, UnitId
 from dp_federated_lora.privacy.clipping import AdaptiveClip, clip_examples
+from dp_federated_lora.privacy.correlated import CorrelatedGaussian, Correlation
 from dp_federated_lora.privacy.evaluation import PrivateEvaluation
-from dp_federated_lora.privacy.ledger import Budget, Spend
+from dp_federated_lora.privacy.ledger import Budget, Permit, Spend
 from dp_federated_lora.privacy.mechanisms import GaussianMechanism
+from dp_federated_lora.privacy.participation import Participation
 from dp_federated_lora.privacy.personal import Personalisation, Tier, personal_tiers
 from dp_federated_lora.privacy.rng import SecureRandom
-from dp_federated_lora.privacy.sampling import PoissonSampler
+from dp_federated_lora.privacy.sampling import CyclicPoissonSampler, PoissonSampler
 
 RELATION: Final = "add or remove one"
 
@@ -74,9 +77,9 @@ class PrivacyPlan:
         trust: who adds noise.
         sampler: who takes part in a round.
         clip_norm: C, the L2 bound of one unit's contribution to a round; the first one where it adapts.
-        mechanism: noise on the sum.
+        mechanism: noise on the sum; correlated over rounds for a sampler by turns, and for no other.
         rounds: T.
-        divisor: public constant by which the noised sum is divided: sampling rate x declared population.
+        divisor: public constant by which the noised sum is divided: the expected cohort of the declared population.
         budget: the ceiling that the ledger enforces.
         adaptive_clip: how the clip norm follows the data, inside what a round costs; None keeps it.
         evaluation: scores on held-out private data, charged to the same budget; None for none.
@@ -88,9 +91,9 @@ class PrivacyPlan:
 
     unit: PrivacyUnit
     trust: Trust
-    sampler: PoissonSampler
+    sampler: PoissonSampler | CyclicPoissonSampler
     clip_norm: float
-    mechanism: GaussianMechanism
+    mechanism: GaussianMechanism | CorrelatedGaussian
     rounds: int
     divisor: float
     budget: Budget
@@ -111,6 +114,13 @@ class PrivacyPlan:
                 f"{self.rounds} rounds at noise multiplier {self.mechanism.noise_multiplier:.4g} cost epsilon "
                 f"{planned:.4g}, more than the budget {self.budget.epsilon:.4g}: raise the noise or lower the rounds"
             )
+        if isinstance(self.mechanism, CorrelatedGaussian):
+            if (self.mechanism.rounds, self.mechanism.clip_norm) != (self.rounds, self.clip_norm):
+                raise IncompatiblePlan(f"{self.mechanism} is not for {self.rounds} rounds of clip norm {self.clip_norm}")
+            if self.tiers or self.adaptive_clip is not None:
+                raise IncompatiblePlan(
+                    "correlated noise needs one clip norm for all units and rounds: no groups, none that adapts"
+                )
         if self.tiers and (self.adaptive_clip is not None or self.evaluation is not None):
             raise IncompatiblePlan("budgets of groups are planned for training with a fixed clip norm alone")
         for tier in self.tiers:
@@ -133,6 +143,7 @@ class PrivacyPlan:
         evaluation: PrivateEvaluation | None = None,
         groups: Sequence[tuple[Budget, int]] = (),
         personalisation: Personalisation = Personalisation.SAMPLE,
+        correlation: tuple[Correlation, int] | None = None,
     ) -> Self:
         """The plan with the least noise that keeps `rounds` rounds within `budget`.
 
@@ -140,17 +151,21 @@ class PrivacyPlan:
             unit: what is protected.
             budget: epsilon and delta to reach.
             population: declared, public number of units; only sets the divisor, never counted from data.
-            sampling_rate: q.
+            sampling_rate: q; with `correlation` of those whose turn it is.
             rounds: T.
             clip_norm: C.
             adaptive_clip: how C follows the data.
             evaluation: scores on held-out data; training gets the noise that leaves room for them.
             groups: declared budgets with their public numbers of units; then q is the mean sampling rate.
             personalisation: what differs between groups.
+            correlation: how noise is correlated, and the number of rounds from one turn of a unit to the next.
         """
         if population < 1:
             raise IncompatiblePlan(f"population is a positive public number of units, got {population}")
         rate, tiers = sampling_rate, tuple[Tier, ...]()
+        over, turns = correlation or (None, 1)
+        times = Participation(turns, rounds).times(rounds)
+        releases = times if sampling_rate < 1.0 or over is None else 1  # without coins the run is one Gaussian
         if groups:
             z, tiers = personal_tiers(groups, variant=personalisation, sampling_rate=sampling_rate, rounds=rounds)
             rate = max(tier.sampling_rate for tier in tiers)
@@ -159,17 +174,22 @@ class PrivacyPlan:
                 epsilon=budget.epsilon,
                 delta=budget.delta,
                 sampling_rate=sampling_rate,
-                rounds=rounds,
+                rounds=releases,
                 beside=() if evaluation is None else ((evaluation.event, rounds // evaluation.every),),
             )
+        sampler: PoissonSampler | CyclicPoissonSampler = PoissonSampler(rate)
+        mechanism: GaussianMechanism | CorrelatedGaussian = GaussianMechanism(z)
+        if over is not None:
+            sampler = CyclicPoissonSampler(turns, sampling_rate)
+            mechanism = CorrelatedGaussian(over, z / math.sqrt(releases), clip_norm, rounds, sampler.participation(rounds))
         return cls(
             unit=unit,
             trust=Trust.CENTRAL,
-            sampler=PoissonSampler(rate),
+            sampler=sampler,
             clip_norm=clip_norm,
-            mechanism=GaussianMechanism(z),
+            mechanism=mechanism,
             rounds=rounds,
-            divisor=sampling_rate * population,
+            divisor=sampling_rate * population / turns,
             budget=budget,
             adaptive_clip=adaptive_clip,
             evaluation=evaluation,
@@ -178,8 +198,23 @@ class PrivacyPlan:
 
     @property
     def event(self) -> DpEvent:
-        """What training costs in one round; known before any data is touched."""
-        return self.sampler.amplify(self.mechanism.event)
+        """What training costs in one round, or with correlated noise in all; known before any data is touched."""
+        match self.sampler, self.mechanism:
+            case CyclicPoissonSampler() as turns, CorrelatedGaussian() as correlated:
+                return turns.amplify(correlated)
+            case PoissonSampler() as coins, GaussianMechanism() as independent:
+                return coins.amplify(independent.event)
+        raise IncompatiblePlan(f"{self.mechanism} is accounted for with another sampler than {self.sampler}")
+
+    def event_in(self, number: int) -> DpEvent:
+        """What the ledger is charged for round `number`: a run with correlated noise is paid for with its first."""
+        return NoOpDpEvent() if number > 1 and isinstance(self.mechanism, CorrelatedGaussian) else self.event
+
+    @property
+    def participation(self) -> Participation:
+        """How often a unit takes part at most; public."""
+        mechanism = self.mechanism
+        return mechanism.participation if isinstance(mechanism, CorrelatedGaussian) else Participation(1, self.rounds)
 
     def event_of(self, tier: Tier) -> DpEvent:
         """What training costs a unit of `tier` in one round."""
@@ -193,8 +228,18 @@ class PrivacyPlan:
             composition.add(self.event_of(tier), rounds)
         return composition.epsilon(tier.budget.delta)
 
-    def draw(self, population: int, rng: SecureRandom, *, tier: int | None = None) -> NDArray[np.int64]:
-        """Indices of units that take part: of a population in the order of tiers, or one of a single tier."""
+    def draw(self, units: Sequence[int], rng: SecureRandom, *, number: int, tier: int | None = None) -> NDArray[np.int64]:
+        """Positions of those that take part in round `number`, of units in the order of tiers or of a single tier.
+
+        Args:
+            units: a number for each, which it keeps whoever else comes or goes.
+            rng: stream of the round.
+            number: of the round.
+            tier: the one that all units are of; None for units of all tiers.
+        """
+        population = len(units)
+        if isinstance(self.sampler, CyclicPoissonSampler):
+            return self.sampler.draw(units, rng, number=number)
         if not self.tiers:
             return self.sampler.draw(population, rng)
         if tier is not None:
@@ -204,8 +249,8 @@ class PrivacyPlan:
         starts = accumulate((each.units for each in self.tiers), initial=0)
         return np.concatenate(
             [
-                start + self.draw(each.units, rng.derive(number), tier=number)
-                for number, (start, each) in enumerate(zip(starts, self.tiers, strict=False))
+                start + self.draw(range(each.units), rng.derive(index), number=number, tier=index)
+                for index, (start, each) in enumerate(zip(starts, self.tiers, strict=False))
             ]
         )
 
@@ -216,9 +261,9 @@ class PrivacyPlan:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def epsilon_after(self, rounds: int) -> float:
-        """Pessimistic epsilon of `rounds` rounds and their evaluations at the budget's delta."""
+        """Pessimistic epsilon of `rounds` rounds, of all if noise is correlated, and their evaluations at the budget's delta."""
         composition = Composition()
-        composition.add(self.event, rounds)
+        composition.add(self.event, 1 if isinstance(self.mechanism, CorrelatedGaussian) else rounds)
         if self.evaluation is not None and rounds >= self.evaluation.every:
             composition.add(self.evaluation.event, rounds // self.evaluation.every)
         return composition.epsilon(self.budget.delta)
@@ -257,8 +302,31 @@ class PrivacyPlan:
             return clip_norm
         return self.adaptive_clip.following(clip_norm, float(extra), self.mechanism.noise_multiplier)
 
-    def noise_norm(self, size: int, clip_norm: float) -> float:
-        """Expected L2 norm of the noise in the released mean of `size` coordinates at `clip_norm`; public."""
+    def start_noise(self, size: int) -> Mapping[str, Tensor]:
+        """What `release` of `size` coordinates keeps from round to round, before the first: a secret; often nothing."""
+        return self.mechanism.start(size).tensors() if isinstance(self.mechanism, CorrelatedGaussian) else {}
+
+    def release(
+        self, total: BoundedSum, noise: Mapping[str, Tensor], *, permit: Permit, rng: SecureRandom
+    ) -> tuple[Released, Mapping[str, Tensor]]:
+        """The noised sum of the round that `permit` paid for, and what to keep for the next; errors are the mechanism's.
+
+        Args:
+            total: the sealed sum.
+            noise: of `start_noise` or the release before.
+            permit: for `event_in` of this round.
+            rng: the round's stream.
+        """
+        mechanism, charged = self.mechanism, self.event_in(permit.round)
+        if isinstance(mechanism, GaussianMechanism):
+            return mechanism.release(total, charged=charged, permit=permit, rng=rng), {}
+        released, state = mechanism.release(total, mechanism.restore(noise), charged=charged, permit=permit, rng=rng)
+        return released, {} if state.round == self.rounds else state.tensors()  # nobody needs the secret any more
+
+    def noise_norm(self, size: int, clip_norm: float, *, number: int = 1) -> float:
+        """Expected L2 norm of the noise in the released mean of `size` coordinates at `clip_norm` in round `number`; public."""
+        if isinstance(self.mechanism, CorrelatedGaussian):
+            return self.mechanism.noise_std(number) * math.sqrt(size) / self.divisor
         return self.mechanism.noise_multiplier * self.sensitivity(clip_norm) * math.sqrt(size) / self.divisor
 
 
@@ -272,6 +340,11 @@ def state_privacy(plan: PrivacyPlan, *, spend: Spend, insecure: bool, notes: tup
         notes: what the unit means for this data; said in every row that claims something.
     """
     coins = "each unit takes part by independent secret coins (Poisson); nobody else learns who took part in a round"
+    chosen: tuple[str, ...] = (coins,)
+    if isinstance(plan.mechanism, CorrelatedGaussian):
+        turns = f"no unit takes part more than {plan.participation.times(plan.rounds)} times or twice in fewer than "
+        turns += f"{plan.participation.separation} rounds: a public schedule says whose turn it is, and each release checks it"
+        chosen = (turns, coins) if plan.sampler.sampling_rate < 1.0 else (turns,)
     server = "the server computes sums and noise as this software does, and keeps un-noised values to itself"
     seed = ("NOT PRIVATE: noise and sampling came from a fixed seed that anyone can repeat",)
     whole = f"epsilon is of all {plan.rounds} planned rounds: a run that ends early, by a rule or by hand, states no less"
@@ -289,7 +362,7 @@ def state_privacy(plan: PrivacyPlan, *, spend: Spend, insecure: bool, notes: tup
             relation=RELATION,
             epsilon=None if insecure else epsilon,
             delta=None if insecure else delta,
-            assumptions=seed if insecure else (server, coins, whole, *notes, *extra),
+            assumptions=seed if insecure else (server, *chosen, whole, *notes, *extra),
         )
         for adversary, extra in (
             ("recipients of the model", ()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from dp_federated_lora.errors import IncompatiblePlan, PrivacyError
 from dp_federated_lora.privacy.accounting import DpEvent
-from dp_federated_lora.privacy.correlated import BandedGaussian
+from dp_federated_lora.privacy.correlated import CorrelatedGaussian
 from dp_federated_lora.privacy.participation import Participation
 from dp_federated_lora.privacy.rng import SecureRandom
 
@@ -132,11 +133,11 @@ class FixedSizeSampler:
 @final
 @dataclass(frozen=True, slots=True)
 class CyclicPoissonSampler:
-    """Units fall into `groups` by secret coins, once for a run; in its group's turn a unit takes part with probability q.
+    """Unit i has its turn in every b-th round, by a public schedule; in its turn it takes part with probability q.
 
     Args:
-        groups: b; a group has its turn every b rounds.
-        sampling_rate: q in (0, 1]; public.
+        groups: b; group i mod b of units has its turn every b rounds.
+        sampling_rate: q in (0, 1]; public. At 1 nothing is secret, and nothing is amplified.
     """
 
     groups: int
@@ -150,18 +151,20 @@ class CyclicPoissonSampler:
         """How often a unit takes part at most."""
         return Participation(self.groups, -(-rounds // self.groups))
 
-    def draw(self, population: int, rng: SecureRandom, *, number: int, run: SecureRandom) -> NDArray[np.int64]:
-        """Indices of the units that take part in round `number`, increasing; `run` is the same stream in every round."""
-        turn = run.derive("groups").uint64(population) % np.uint64(self.groups) == (number - 1) % self.groups
-        return np.flatnonzero(turn & rng.bernoulli(self.sampling_rate, population)).astype(np.int64)
+    def draw(self, units: Sequence[int], rng: SecureRandom, *, number: int) -> NDArray[np.int64]:
+        """Positions in `units`, whose numbers depend on no other unit, of those that take part in round `number`."""
+        turn = np.array(units, dtype=np.int64) % self.groups == (number - 1) % self.groups
+        return np.flatnonzero(turn & rng.bernoulli(self.sampling_rate, len(units))).astype(np.int64)
 
-    def amplify(self, mechanism: BandedGaussian) -> DpEvent:
-        """The event of the whole run: one Poisson-sampled Gaussian for each turn (arXiv 2306.08153, Theorem 4).
+    def amplify(self, mechanism: CorrelatedGaussian) -> DpEvent:
+        """The event of the whole run: with coins one Poisson-sampled Gaussian for each turn (arXiv 2306.08153, Theorem 4).
 
         Raises:
-            IncompatiblePlan: if the mechanism is for other turns, or has more bands than there are groups.
+            IncompatiblePlan: if the mechanism is for other turns, or with coins has more bands than there are groups.
         """
         if mechanism.participation != self.participation(mechanism.rounds):
             raise IncompatiblePlan(f"{mechanism.participation} is not that of {self}: take sampler.participation(rounds)")
+        if self.sampling_rate == 1.0:
+            return mechanism.event
         turn = PoissonSampler(self.sampling_rate).amplify(mechanism.turn_event)
         return SelfComposedDpEvent(turn, mechanism.participation.times(mechanism.rounds))
