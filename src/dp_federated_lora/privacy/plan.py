@@ -118,9 +118,7 @@ class PrivacyPlan:
             if (self.mechanism.rounds, self.mechanism.clip_norm) != (self.rounds, self.clip_norm):
                 raise IncompatiblePlan(f"{self.mechanism} is not for {self.rounds} rounds of clip norm {self.clip_norm}")
             if self.tiers or self.adaptive_clip is not None:
-                raise IncompatiblePlan(
-                    "correlated noise needs one clip norm for all units and rounds: no groups, none that adapts"
-                )
+                raise IncompatiblePlan("correlated noise needs one clip norm for all units and rounds: no groups, no adaptation")
         if self.tiers and (self.adaptive_clip is not None or self.evaluation is not None):
             raise IncompatiblePlan("budgets of groups are planned for training with a fixed clip norm alone")
         for tier in self.tiers:
@@ -229,13 +227,9 @@ class PrivacyPlan:
         return composition.epsilon(tier.budget.delta)
 
     def draw(self, units: Sequence[int], rng: SecureRandom, *, number: int, tier: int | None = None) -> NDArray[np.int64]:
-        """Positions of those that take part in round `number`, of units in the order of tiers or of a single tier.
+        """Positions of units, each with a number that depends on no other, that take part in round `number`.
 
-        Args:
-            units: a number for each, which it keeps whoever else comes or goes.
-            rng: stream of the round.
-            number: of the round.
-            tier: the one that all units are of; None for units of all tiers.
+        They are in the order of tiers, or all of one `tier`.
         """
         population = len(units)
         if isinstance(self.sampler, CyclicPoissonSampler):
@@ -309,14 +303,7 @@ class PrivacyPlan:
     def release(
         self, total: BoundedSum, noise: Mapping[str, Tensor], *, permit: Permit, rng: SecureRandom
     ) -> tuple[Released, Mapping[str, Tensor]]:
-        """The noised sum of the round that `permit` paid for, and what to keep for the next; errors are the mechanism's.
-
-        Args:
-            total: the sealed sum.
-            noise: of `start_noise` or the release before.
-            permit: for `event_in` of this round.
-            rng: the round's stream.
-        """
+        """The noised sum `(d,)` of the round that `permit` paid for, and the `noise` of the next; errors are the mechanism's."""
         mechanism, charged = self.mechanism, self.event_in(permit.round)
         if isinstance(mechanism, GaussianMechanism):
             return mechanism.release(total, charged=charged, permit=permit, rng=rng), {}
