@@ -20,7 +20,16 @@ from dp_federated_lora.aggregation import ServerOptimizer
 from dp_federated_lora.audit.bounds import Guesses
 from dp_federated_lora.errors import AuditError
 from dp_federated_lora.federated import Exchange, Purpose, Request, Server
-from dp_federated_lora.privacy import BoundedSum, GaussianMechanism, PrivacyUnit, SecureRandom, UnitId
+from dp_federated_lora.privacy import (
+    BoundedSum,
+    GaussianMechanism,
+    Permit,
+    PrivacyUnit,
+    Released,
+    SecureRandom,
+    Trust,
+    UnitId,
+)
 from dp_federated_lora.vector import Layout
 
 AUDITOR: Final = "auditor"
@@ -51,8 +60,14 @@ class CanaryAudit:
         """The same engine with the canaries that take part as further participants, and a server whose releases are noted.
 
         Raises:
-            AuditError: if a participant has the name of a canary, participants have budgets of their own, or noise is correlated.
+            AuditError: if a participant has the name of a canary, participants have budgets of their own or add the
+                noise, or it is correlated.
         """
+        if server.plan.trust is not Trust.CENTRAL:
+            raise AuditError(
+                "canaries are guessed from one noised sum, and under trust = local each of them would send its own noise: audit "
+                "the configuration with trust = central"
+            )
         self._released = torch.zeros(server.layout.size, dtype=torch.float64)
         return _WithCanaries(exchange, server, self), replace(server, optimizer=_Noting(server, self._released))
 
@@ -133,6 +148,10 @@ class _WithCanaries:
                 indices = [self._members[i] for i in chosen[start : start + _ROWS]]
                 rows = torch.stack([self._vector(index, layout, request.clip_norm) for index in indices])
                 yield plan.clip(rows, request.clip_norm, [UnitId(f"{AUDITOR}/{index}") for index in indices])
+
+    def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
+        """Replies of the inner exchange: `wrap` refuses plans under which canaries would report themselves."""
+        return self._inner.reports(request, sites)
 
     def _vector(self, index: int, layout: Layout, clip_norm: float) -> Tensor:
         """What a canary sends: its direction in the round's layout, sqrt(d) times as long as the clip norm."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dp_federated_lora.federated import Exchange, Request, RoundReport, Server
-from dp_federated_lora.privacy import BoundedSum, PrivacyPlan, SecureRandom
+from dp_federated_lora.privacy import BoundedSum, Permit, PrivacyPlan, Released, SecureRandom
 
 # Examples in one forward pass change each other's gradients in the last bits of float32 (padding, order of summation), so
 # releases differ by the influence of one unit and that rounding. Whatever exceeds this is no rounding.
@@ -112,9 +112,17 @@ class _Recorded:
 
     def __call__(self, request: Request, clients: Sequence[int], rng: SecureRandom) -> Iterator[BoundedSum]:
         """Replies of the inner exchange."""
+        self._note(request)
+        return self._inner(request, clients, rng)
+
+    def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
+        """Noised replies of the inner exchange."""
+        self._note(request)
+        return self._inner.reports(request, sites)
+
+    def _note(self, request: Request) -> None:
         adapter = {name: tensor.tolist() for name, tensor in request.adapter.items()}
         self._transcript.requests.append(asdict(replace(request, adapter={})) | adapter)
-        return self._inner(request, clients, rng)
 
 
 @final

@@ -7,7 +7,7 @@ from dp_federated_lora.federated.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from dp_federated_lora.federated.client import Client, Purpose, Request, handle
+from dp_federated_lora.federated.client import Client, Purpose, Request, handle, report
 from dp_federated_lora.federated.round import Exchange, RoundReport, Server
 
 __all__ = (
@@ -22,5 +22,6 @@ __all__ = (
     "checkpoint_head",
     "handle",
     "read_checkpoint",
+    "report",
     "write_checkpoint",
 )

@@ -13,8 +13,9 @@ from torch import Tensor
 from dp_federated_lora.aggregation import LinearMethod
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import IncompatiblePlan
-from dp_federated_lora.privacy import BoundedSum, PrivacyPlan, PrivacyUnit, SecureRandom, UnitId
+from dp_federated_lora.privacy import BoundedSum, Permit, PrivacyPlan, PrivacyUnit, Released, SecureRandom, Trust, UnitId
 from dp_federated_lora.training import Learner, LocalSteps, example_gradient_sum, example_scores, local_update
+from dp_federated_lora.vector import Layout
 
 
 class Purpose(Enum):
@@ -72,7 +73,8 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
     """Compute a client's bounded contribution to a round, or to an evaluation.
 
     Client unit: local steps, then the whole update is clipped. Example unit: the client tosses a secret coin for
-    each of its examples and sums their clipped gradients; an empty sample gives the zero sum, like any other.
+    each of its examples and sums their clipped gradients; an empty sample gives the zero sum, like any other. Under
+    trust = "local" nobody else may learn whether a client takes part, so in the client unit, too, the coin is its own.
 
     Args:
         request: from the server.
@@ -107,9 +109,31 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
         )
     if client.local is None:
         raise IncompatiblePlan("unit = client trains locally; [training] needs local steps")
+    if plan.trust is Trust.LOCAL and not plan.draw(range(1), rng.derive("sample"), number=request.round, tier=client.tier).size:
+        return BoundedSum.merge((), size=Layout.of(trained).size, clip_norm=plan.sensitivity(request.clip_norm))
     generator = torch.Generator().manual_seed(int(rng.derive("batches").uint64(1)[0] >> 1))
     update = local_update(learner, trained, client.examples, client.local, generator)
     return plan.clip(update[None], request.clip_norm, [UnitId(client.name)], tier=client.tier)
+
+
+def report(request: Request, client: Client, learner: Learner, permit: Permit, rng: SecureRandom) -> Released:
+    """What a client sends under trust = "local": its contribution with noise of the full size, its own.
+
+    Args:
+        request: from the server.
+        client: the participant.
+        learner: as `handle`.
+        permit: proof that the release is charged.
+        rng: this client's stream for this round; coins and noise come from it.
+
+    Raises:
+        IncompatiblePlan: as `handle`.
+    """
+    total = handle(request, client, learner, rng)
+    released = client.plan.evaluation if request.purpose is Purpose.EVALUATION else client.plan
+    if released is None:
+        raise IncompatiblePlan(f"{client.name} agreed to a plan without evaluation; nothing was sent")
+    return released.mechanism.release(total, charged=released.event, permit=permit, rng=rng)
 
 
 def _scores(client: Client, learner: Learner) -> BoundedSum:

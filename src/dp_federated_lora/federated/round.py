@@ -7,13 +7,24 @@ from dataclasses import dataclass, replace
 from typing import Protocol, final
 
 import torch
+from torch import Tensor
 
 from dp_federated_lora.aggregation import HEAD_ALONE, LinearMethod, ServerOptimizer
-from dp_federated_lora.errors import BudgetExhausted
+from dp_federated_lora.errors import BudgetExhausted, PrivacyError
 from dp_federated_lora.federated.checkpoint import ServerState
 from dp_federated_lora.federated.client import Purpose, Request
 from dp_federated_lora.lora import AdaptedModel
-from dp_federated_lora.privacy import BoundedSum, Ledger, Permit, PrivacyPlan, PrivacyUnit, PrivateEvaluation, SecureRandom
+from dp_federated_lora.privacy import (
+    BoundedSum,
+    Ledger,
+    Permit,
+    PrivacyPlan,
+    PrivacyUnit,
+    PrivateEvaluation,
+    Released,
+    SecureRandom,
+    Trust,
+)
 from dp_federated_lora.vector import Layout
 
 
@@ -26,6 +37,9 @@ class Exchange(Protocol):
 
     def __call__(self, request: Request, clients: Sequence[int], rng: SecureRandom) -> Iterator[BoundedSum]:
         """Replies of the clients at these positions; a client that drops out is left out."""
+
+    def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
+        """Replies of all clients with noise of their own, each for its permit and from its stream (trust = "local")."""
 
 
 @final
@@ -120,23 +134,22 @@ class Server:
         return ledger.reserve(self.plan.event_in(number), round=number, purpose=purpose, commitment=key.commitment)
 
     def run_round(self, state: ServerState, permit: Permit, exchange: Exchange, key: SecureRandom) -> tuple[ServerState, float]:
-        """Draw the cohort, collect, release, step.
+        """Collect, release, step.
 
         Returns:
             The next state and the L2 norm of the released mean update.
         """
         plan, number, clip_norm = self.plan, state.round + 1, state.clip_norm
         layout = self.layout_in(number)
-        everyone = range(len(exchange.names))
-        cohort: Sequence[int] = everyone  # in the example unit each client samples its own examples
-        if plan.unit is PrivacyUnit.CLIENT:
-            cohort = plan.draw(everyone, key.derive("cohort"), number=number).tolist()
         request = Request(Purpose.TRAINING, number, plan.content_id, state.adapter, clip_norm)
-        parts = exchange(request, cohort, key.derive("clients"))
-        size, bound = layout.size + plan.extra_coordinates, plan.sensitivity(clip_norm)
-        total = BoundedSum.merge(parts, size=size, clip_norm=bound)
-        released, noise = plan.release(total, state.noise, permit=permit, rng=key)
-        mean, extra = torch.tensor_split(released.value / plan.divisor, [layout.size])
+        size, noise = layout.size + plan.extra_coordinates, state.noise
+        if plan.trust is Trust.LOCAL:
+            noised = self._reported(request, permit, exchange, key, size=size)
+        else:
+            total = self._collected(request, exchange, key, size=size, bound=plan.sensitivity(clip_norm))
+            released, noise = plan.release(total, noise, permit=permit, rng=key)
+            noised = released.value
+        mean, extra = torch.tensor_split(noised / plan.divisor, [layout.size])
         sent = layout.unflatten(mean)
         zeros = self.layout.unflatten(torch.zeros(self.layout.size, dtype=torch.float64))
         step, optimizer = self.optimizer.update(self.layout.flatten(zeros | sent), state.optimizer)
@@ -153,10 +166,29 @@ class Server:
     ) -> dict[str, float]:
         """Noised scores of the adapter on participants' held-out data."""
         request = Request(Purpose.EVALUATION, state.round, self.plan.content_id, state.adapter, state.clip_norm)
-        parts = exchange(request, range(len(exchange.names)), key.derive("clients"))
-        total = BoundedSum.merge(parts, size=evaluation.SIZE, clip_norm=evaluation.BOUND)
+        if self.plan.trust is Trust.LOCAL:
+            return evaluation.metrics(self._reported(request, permit, exchange, key, size=evaluation.SIZE))
+        total = self._collected(request, exchange, key, size=evaluation.SIZE, bound=evaluation.BOUND)
         released = evaluation.mechanism.release(total, charged=evaluation.event, permit=permit, rng=key)
         return evaluation.metrics(released.value)
+
+    def _collected(self, request: Request, exchange: Exchange, key: SecureRandom, *, size: int, bound: float) -> BoundedSum:
+        """Sum `(size,)` over the cohort, without noise."""
+        cohort: Sequence[int] = range(len(exchange.names))  # each client samples, or holds out, its own examples
+        if request.purpose is Purpose.TRAINING and self.plan.unit is PrivacyUnit.CLIENT:
+            cohort = self.plan.draw(cohort, key.derive("cohort"), number=request.round).tolist()
+        return BoundedSum.merge(exchange(request, cohort, key.derive("clients")), size=size, clip_norm=bound)
+
+    def _reported(self, request: Request, permit: Permit, exchange: Exchange, key: SecureRandom, *, size: int) -> Tensor:
+        """Sum `(size,)` of what all participants send with noise of their own (trust = "local")."""
+        if len(exchange.names) != self.plan.sites:
+            raise PrivacyError(f"{len(exchange.names)} participants, but the plan says {self.plan.sites}; nothing was sent")
+        total = torch.zeros(size, dtype=torch.float64)
+        for reply in exchange.reports(request, permit.divide(key, exchange.names)):
+            if reply.value.shape != total.shape:
+                raise PrivacyError(f"a report of shape {tuple(reply.value.shape)} cannot enter a sum of {size} coordinates")
+            total += reply.value
+        return total
 
     def report(
         self, state: ServerState, ledger: Ledger, *, update_norm: float, clip_norm: float, scores: Mapping[str, float]

@@ -130,10 +130,13 @@ class PrivacySection(_Section):
 
     `groups` declare budgets of participants' own; the largest is `epsilon`. Whoever declared less takes part less often
     (`personalisation` "sample"; `sampling_rate` is then the mean) or is clipped harder ("scale").
+
+    `trust` says who adds noise: the server on the sum ("central"), or every participant on what it sends ("local"), which holds
+    against the server too; the noise of a step is then sqrt(federation.clients) times as large.
     """
 
     unit: Literal["example", "client"]
-    trust: Literal["central"] = "central"
+    trust: Literal["central", "local"] = "central"
     epsilon: Positive
     delta: Annotated[float, Field(gt=0, lt=1)] = MAX_DELTA
     clip_norm: Positive = 1.0
@@ -353,6 +356,11 @@ class Config(_Section):
             problems.append('federation.columns: names the columns of partition = "column", and of no other')
         if federation.partition == "dirichlet" and self.model.task != "classification":
             problems.append('federation.partition: "dirichlet" splits by label; use "iid" or "column" for language modelling')
+        if self.privacy.trust == "local" and self.privacy.clip_quantile is not None:
+            problems.append(
+                'privacy.clip_quantile: with trust = "local" every participant adds noise to the count of bits, and the clip '
+                "norm would follow that noise; remove it"
+            )
         local = [training.local_steps, training.local_batch_size, training.local_learning_rate]
         if self.privacy.unit == "client" and None in local:
             problems.append('training.local_steps, local_batch_size, local_learning_rate: unit = "client" needs all three')

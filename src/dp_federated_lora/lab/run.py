@@ -32,7 +32,7 @@ from dp_federated_lora.lab.workbench import Workbench, data_id, head_scale, part
 from dp_federated_lora.monitoring.log import open_log
 from dp_federated_lora.monitoring.metrics import MetricsFile, read_metrics
 from dp_federated_lora.monitoring.report import TRAINED_SHARE, AuditFigures, render_report
-from dp_federated_lora.privacy import DpEvent, Ledger, PrivacyPlan, SecureRandom, Spend, StatementRow
+from dp_federated_lora.privacy import DpEvent, Ledger, PrivacyPlan, SecureRandom, Spend, StatementRow, Trust
 from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.training import evaluate_model
 
@@ -275,7 +275,9 @@ class Run:
             "published_rounds": self._state.round,
             "planned_rounds": self._plan.rounds,
             "stopped": self._stopped,
+            "trust": self._plan.trust.value,
             "noise_multiplier": self._plan.mechanism.noise_multiplier,
+            "noise_sources": self._plan.sites,
             "sampling_rate": self._plan.sampler.sampling_rate,
             **participation_json(self._plan),
             "clip_norm": self._plan.clip_norm,
@@ -303,6 +305,7 @@ class Run:
                 "Method": config.method.name,
                 "Participants": f"{config.federation.clients:,} ({config.federation.partition})",
                 "Noise multiplier": f"{plan.mechanism.noise_multiplier:.4f}",
+                "Noise added by": f"each of {plan.sites:,} participants" if plan.trust is Trust.LOCAL else "the server",
                 "Sampling rate": f"{plan.sampler.sampling_rate:g}",
                 "Clip norm": f"{plan.clip_norm:g}",
                 "Rounds of a unit": participation_in_words(plan),

@@ -34,6 +34,7 @@ from dp_federated_lora.privacy import (
     PrivacyPlan,
     PrivacyUnit,
     PrivateEvaluation,
+    Trust,
     calibrate_noise_multiplier,
 )
 from dp_federated_lora.training import Learner, LocalSteps
@@ -46,6 +47,8 @@ def privacy_plan(config: Config) -> PrivacyPlan:
     privacy = config.privacy
     return PrivacyPlan.calibrated(
         unit=PrivacyUnit(privacy.unit),
+        trust=Trust(privacy.trust),
+        sites=config.federation.clients if privacy.trust == "local" else 1,
         budget=Budget(epsilon=privacy.epsilon, delta=privacy.delta),
         population=config.population,
         sampling_rate=privacy.sampling_rate,

@@ -14,9 +14,10 @@ from dp_federated_lora.privacy.correlated import CorrelatedGaussian, Correlation
 from dp_federated_lora.privacy.evaluation import PrivateEvaluation
 from dp_federated_lora.privacy.filters import RenyiFilter
 from dp_federated_lora.privacy.gradients import ExampleGradients
-from dp_federated_lora.privacy.ledger import Budget, Ledger, Permit, Scope, Spend
+from dp_federated_lora.privacy.ledger import Budget, Ledger, Scope, Spend
 from dp_federated_lora.privacy.mechanisms import GaussianMechanism
 from dp_federated_lora.privacy.participation import Participation
+from dp_federated_lora.privacy.permits import Permit
 from dp_federated_lora.privacy.personal import Personalisation, Tier, personal_tiers
 from dp_federated_lora.privacy.plan import PrivacyPlan, PrivacyUnit, StatementRow, Trust, state_privacy
 from dp_federated_lora.privacy.rng import SecureRandom

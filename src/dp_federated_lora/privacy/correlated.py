@@ -38,8 +38,8 @@ from dp_federated_lora.errors import IncompatiblePlan, PermitMismatch, PrivacyEr
 from dp_federated_lora.privacy.accounting import DpEvent, gaussian_parts
 from dp_federated_lora.privacy.bounded import BoundedSum, Released
 from dp_federated_lora.privacy.clipping import resolution
-from dp_federated_lora.privacy.ledger import Permit
 from dp_federated_lora.privacy.participation import Participation
+from dp_federated_lora.privacy.permits import Permit
 from dp_federated_lora.privacy.rng import SecureRandom
 
 Floats = NDArray[np.float64]

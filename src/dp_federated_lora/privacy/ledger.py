@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final, NoReturn, Self, final
+from typing import Any, Final, Self, final
 
 from dp_accounting import NoOpDpEvent
 from sqlalchemy import Connection
@@ -24,20 +24,18 @@ from dp_federated_lora.errors import (
     BudgetMismatch,
     LedgerCorrupt,
     LedgerKeyLost,
-    PermitMismatch,
-    PermitSpent,
     PrivacyError,
     RoundAlreadyReleased,
     UnsupportedEvent,
 )
 from dp_federated_lora.privacy.accounting import Composition, DpEvent, event_from_json, event_to_json
 from dp_federated_lora.privacy.filters import RenyiFilter
+from dp_federated_lora.privacy.permits import Permit, issue
 from dp_federated_lora.signing import SigningKey, signature_holds
 from dp_federated_lora.storage import LedgerRow, Storage, canonical
 
 _GENESIS: Final = "0" * 64
 _COMMITMENT: Final = re.compile(r"[0-9a-f]{64}")
-_SEAL: Final = object()
 
 
 class Scope(Enum):
@@ -81,38 +79,6 @@ class Spend:
     delta: float
     charges: int
     released: int
-
-
-@final
-class Permit:
-    """Proof that an event is charged; buys one release. Made by `Ledger.reserve` only."""
-
-    __slots__ = ("_spent", "commitment", "event", "round", "serial")
-
-    def __init__(self, seal: object, serial: int, number: int, charged: DpEvent, commitment: str) -> None:
-        if seal is not _SEAL:
-            raise PrivacyError("a permit is issued by Ledger.reserve, never made by hand")
-        self.serial, self.round, self.event, self.commitment = serial, number, charged, commitment
-        self._spent = False
-
-    def burn(self, charged: DpEvent, commitment: str) -> None:
-        """Use the permit up; called before noise is drawn.
-
-        Raises:
-            PermitSpent: if it was used before.
-            PermitMismatch: if the release is of another event or from another stream than charged.
-        """
-        if self._spent:
-            raise PermitSpent(f"the permit of round {self.round} has bought its release; reserve the next round")
-        if charged != self.event or commitment != self.commitment:
-            raise PermitMismatch(
-                f"the permit of round {self.round} is for {self.event} from stream {self.commitment[:12]}, the release is "
-                f"{charged} from {commitment[:12]}: nothing was released"
-            )
-        self._spent = True
-
-    def __reduce__(self) -> NoReturn:
-        raise PrivacyError("a permit cannot be pickled or copied: it buys one release")
 
 
 @final
@@ -277,7 +243,7 @@ class Ledger:
     def reserve(self, charged: DpEvent, *, round: int, purpose: str, commitment: str) -> Permit:
         """Charge one event of a round, durably, and issue its permit; arguments and errors are those of `charge_all`."""
         (row,) = Ledger.charge_all([self], charged, round=round, purpose=purpose, commitment=commitment)
-        return Permit(_SEAL, row.serial, round, charged, commitment)
+        return issue(row.serial, round, charged, commitment)
 
     @staticmethod
     def charge_all(

@@ -13,7 +13,7 @@ from dp_federated_lora.errors import IncompatiblePlan, PermitMismatch
 from dp_federated_lora.privacy.accounting import LEAST_NOISE, DpEvent, gaussian_parts
 from dp_federated_lora.privacy.bounded import LATTICE_BITS, BoundedSum, Released
 from dp_federated_lora.privacy.clipping import resolution
-from dp_federated_lora.privacy.ledger import Permit
+from dp_federated_lora.privacy.permits import Permit
 from dp_federated_lora.privacy.rng import SecureRandom
 
 
@@ -55,11 +55,12 @@ class GaussianMechanism:
         Raises:
             PermitSpent: if the permit bought a release already.
             PermitMismatch: if it was issued for another event, another stream or another noise multiplier.
+            DuplicateContribution: if a unit is in the release of another site under the same charge.
         """
         _, multiplier = gaussian_parts(charged)
         if multiplier != self.noise_multiplier:
             raise PermitMismatch(f"noise multiplier {self.noise_multiplier} but {multiplier} was charged; one plan yields both")
-        permit.burn(charged, rng.commitment)
+        permit.burn(charged, rng.commitment, total._units)
         sigma = math.ldexp(self.noise_multiplier, LATTICE_BITS)
         noise = torch.from_numpy(rng.derive("noise").rounded_gaussian(sigma, total._value.numel()))
         value = (total._value + noise).to(torch.float64) * resolution(total.clip_norm)

@@ -40,9 +40,10 @@ class PrivacyUnit(Enum):
 
 
 class Trust(Enum):
-    """Who adds the noise: the server, on the sum (CENTRAL)."""
+    """Who adds the noise: the server, on the sum (CENTRAL), or every participant, on what it sends (LOCAL)."""
 
     CENTRAL = "central"
+    LOCAL = "local"
 
 
 @final
@@ -77,13 +78,14 @@ class PrivacyPlan:
         trust: who adds noise.
         sampler: who takes part in a round.
         clip_norm: C, the L2 bound of one unit's contribution to a round; the first one where it adapts.
-        mechanism: noise on the sum; correlated over rounds for a sampler by turns, and for no other.
+        mechanism: noise on the sum, or on each site's; correlated over rounds for a sampler by turns, and for no other.
         rounds: T.
         divisor: public constant by which the noised sum is divided: the expected cohort of the declared population.
         budget: the ceiling that the ledger enforces.
         adaptive_clip: how the clip norm follows the data, inside what a round costs; None keeps it.
         evaluation: scores on held-out private data, charged to the same budget; None for none.
         tiers: groups of units with declared budgets of their own, in the order of participants; empty where all have `budget`.
+        sites: public number of participants that add noise of the full size each (LOCAL); 1 where the server adds it.
 
     Raises:
         IncompatiblePlan: if a field is out of range or the rounds cannot fit the budget.
@@ -100,6 +102,7 @@ class PrivacyPlan:
     adaptive_clip: AdaptiveClip | None = None
     evaluation: PrivateEvaluation | None = None
     tiers: tuple[Tier, ...] = ()
+    sites: int = 1
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -107,6 +110,10 @@ class PrivacyPlan:
         for name, value in (("clip_norm", self.clip_norm), ("divisor", self.divisor)):
             if not (math.isfinite(value) and value > 0):
                 raise IncompatiblePlan(f"{name} must be a positive public constant, got {value}")
+        if self.sites < 1 or (self.trust is Trust.CENTRAL and self.sites > 1):
+            raise IncompatiblePlan(f"under trust = {self.trust.value} noise is added at {self.sites} sites: impossible")
+        if self.trust is Trust.LOCAL and self.adaptive_clip is not None:
+            raise IncompatiblePlan("an adaptive clip norm is planned for one noise on the count of bits; use a fixed clip norm")
         self.sensitivity(self.clip_norm)
         planned = self.epsilon_after(self.rounds)
         if planned > self.budget.epsilon:
@@ -132,6 +139,8 @@ class PrivacyPlan:
         cls,
         *,
         unit: PrivacyUnit,
+        trust: Trust = Trust.CENTRAL,
+        sites: int = 1,
         budget: Budget,
         population: int,
         sampling_rate: float,
@@ -147,6 +156,8 @@ class PrivacyPlan:
 
         Args:
             unit: what is protected.
+            trust: who adds noise; its amount is the same, but under LOCAL each of `sites` adds it.
+            sites: number of participants under LOCAL.
             budget: epsilon and delta to reach.
             population: declared, public number of units; only sets the divisor, never counted from data.
             sampling_rate: q; with `correlation` of those whose turn it is.
@@ -182,7 +193,8 @@ class PrivacyPlan:
             mechanism = CorrelatedGaussian(over, z / math.sqrt(releases), clip_norm, rounds, sampler.participation(rounds))
         return cls(
             unit=unit,
-            trust=Trust.CENTRAL,
+            trust=trust,
+            sites=sites,
             sampler=sampler,
             clip_norm=clip_norm,
             mechanism=mechanism,
@@ -314,7 +326,7 @@ class PrivacyPlan:
         """Expected L2 norm of the noise in the released mean of `size` coordinates at `clip_norm` in round `number`; public."""
         if isinstance(self.mechanism, CorrelatedGaussian):
             return self.mechanism.noise_std(number) * math.sqrt(size) / self.divisor
-        return self.mechanism.noise_multiplier * self.sensitivity(clip_norm) * math.sqrt(size) / self.divisor
+        return self.mechanism.noise_multiplier * self.sensitivity(clip_norm) * math.sqrt(size * self.sites) / self.divisor
 
 
 def state_privacy(plan: PrivacyPlan, *, spend: Spend, insecure: bool, notes: tuple[str, ...] = ()) -> tuple[StatementRow, ...]:
@@ -333,6 +345,16 @@ def state_privacy(plan: PrivacyPlan, *, spend: Spend, insecure: bool, notes: tup
         turns += f"{plan.participation.separation} rounds: a public schedule says whose turn it is, and each release checks it"
         chosen = (turns, coins) if plan.sampler.sampling_rate < 1.0 else (turns,)
     server = "the server computes sums and noise as this software does, and keeps un-noised values to itself"
+    others = "they see every global adapter of the run; all of them are charged"
+    adversaries = {"recipients of the model": (server, *chosen), "other participants": (server, *chosen, others)}
+    uncovered = {"the server": ("under trust = central the server sees un-noised contributions",)}
+    if plan.trust is Trust.LOCAL:
+        own = (
+            "the unit's own participant, on a machine of its own, tosses secret coins for what takes part (Poisson), clips and "
+            "adds noise as this software does; nobody else is trusted, even if all others put together what they see"
+        )
+        always = "every participant reports in every round, noise alone if need be; that it belongs to the run is public"
+        adversaries, uncovered = dict.fromkeys((*adversaries, "the server"), (own, always)), {}
     seed = ("NOT PRIVATE: noise and sampling came from a fixed seed that anyone can repeat",)
     whole = f"epsilon is of all {plan.rounds} planned rounds: a run that ends early, by a rule or by hand, states no less"
     if spend.charges != spend.released and not plan.tiers:
@@ -349,22 +371,14 @@ def state_privacy(plan: PrivacyPlan, *, spend: Spend, insecure: bool, notes: tup
             relation=RELATION,
             epsilon=None if insecure else epsilon,
             delta=None if insecure else delta,
-            assumptions=seed if insecure else (server, *chosen, whole, *notes, *extra),
+            assumptions=seed if insecure else (*assumptions, whole, *notes),
         )
-        for adversary, extra in (
-            ("recipients of the model", ()),
-            ("other participants", ("they see every global adapter of the run; all of them are charged",)),
-        )
+        for adversary, assumptions in adversaries.items()
         for unit, epsilon, delta in protected
     )
-    return (
-        *covered,
+    return covered + tuple(
         StatementRow(
-            adversary="the server",
-            unit=plan.unit.value,
-            relation=RELATION,
-            epsilon=None,
-            delta=None,
-            assumptions=("under trust = central the server sees un-noised contributions",),
-        ),
+            adversary=adversary, unit=plan.unit.value, relation=RELATION, epsilon=None, delta=None, assumptions=assumptions
+        )
+        for adversary, assumptions in uncovered.items()
     )

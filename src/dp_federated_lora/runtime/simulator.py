@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import final
 
 from dp_federated_lora.errors import ConfigError
-from dp_federated_lora.federated import Client, Request, handle
-from dp_federated_lora.privacy import BoundedSum, SecureRandom
+from dp_federated_lora.federated import Client, Request, handle, report
+from dp_federated_lora.privacy import BoundedSum, Permit, Released, SecureRandom
 from dp_federated_lora.training import Learner
 
 
@@ -39,3 +39,13 @@ class Simulator:
         for index in clients:
             client = self._clients[index]
             yield handle(request, client, self._learner, rng.derive(client.name))
+
+    def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
+        """Noised replies one at a time.
+
+        A client's permit and stream are made of the round's, so that a killed round is re-created; they stand for an entry in
+        the client's own ledger and for entropy of its own machine.
+        """
+        for client in self._clients:
+            permit, rng = sites[client.name]
+            yield report(request, client, self._learner, permit, rng)
