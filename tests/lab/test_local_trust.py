@@ -29,6 +29,7 @@ from dp_federated_lora.errors import (
 from dp_federated_lora.federated import Purpose, Request, RoundReport, Server, ServerState, handle, report
 from dp_federated_lora.lab.auditing import audit
 from dp_federated_lora.lab.config import Config, parse_config
+from dp_federated_lora.lab.planning import statement_at
 from dp_federated_lora.lab.workbench import Workbench, privacy_plan
 from dp_federated_lora.privacy import (
     GaussianMechanism,
@@ -38,9 +39,11 @@ from dp_federated_lora.privacy import (
     PrivacyPlan,
     Released,
     SecureRandom,
+    Spend,
     Trust,
     UnitId,
     clip_examples,
+    state_privacy,
 )
 from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.vector import Layout
@@ -233,7 +236,8 @@ def test_a_run_states_the_same_epsilon_against_the_server_as_against_recipients(
         ("recipients of the model", "other participants", "the server"), result.epsilon
     )
     assert 0.9 * 8.0 < result.epsilon <= 8.0
-    assert all(any("nobody else is trusted" in a for a in row.assumptions) for row in result.statement)
+    assert all("tosses secret coins" in row.assumptions[0] for row in result.statement)
+    assert ["nobody else is trusted" in row.assumptions[-1] for row in result.statement] == [False, False, True]
     assert not any("un-noised" in a for row in result.statement for a in row.assumptions)
     privacy = json.loads((result.path / "privacy.json").read_text())
     assert (privacy["trust"], privacy["noise_sources"]) == ("local", 4)
@@ -284,15 +288,43 @@ def test_an_interrupted_local_run_resumes_to_the_same_adapter_and_a_begun_round_
 def test_evaluation_and_groups_of_budgets_work_with_noise_of_each_participant(
     client_config: Raw, raw_config: Raw, tmp_path: Path
 ):
+    client_config["privacy"]["rounds"] = 2
     client_config["evaluation"] = {"epsilon": 2.0, "every": 1, "holdout": 0.3}
     result = train(local(client_config, out=str(tmp_path / "evaluated")))
-    assert Ledger.read(result.path / "ledger.sqlite").spent().charges == 6
+    assert Ledger.read(result.path / "ledger.sqlite").spent().charges == 4
     assert 0.9 * 8.0 < result.epsilon <= 8.0
     del client_config["evaluation"]
+    client_config["privacy"]["personalisation"] = "scale"
     client_config["privacy"]["groups"] = [{"epsilon": 2.0, "clients": 2}, {"epsilon": 8.0, "clients": 2}]
     result = train(local(client_config, out=str(tmp_path / "grouped")))
     server = [row.epsilon for row in result.statement if row.adversary == "the server"]
     assert 1.9 < server[0] <= 2.0 < 7.9 < server[1] <= 8.0
+
+
+def test_a_declared_shuffler_adds_a_row_and_changes_neither_noise_nor_charge(client_config: Raw):
+    raw = client_config
+    raw["privacy"] |= {"epsilon": 1.0, "rounds": 10, "sampling_rate": 1.0, "shuffler": True}
+    raw["federation"] = {"clients": 3000, "partition": "dirichlet", "alpha": 0.5}
+    config, spend = local(raw), Spend(1.0, 1e-5, 10, 10)
+    plan = privacy_plan(config)
+    rows = statement_at(config, plan, spend)
+    assert rows[:-1] == state_privacy(plan, spend=spend, insecure=False)
+    assert rows[-1].adversary == "the server behind the shuffler"
+    assert rows[-1].epsilon is not None
+    assert 0.1 < rows[-1].epsilon < 0.5
+    assert "all 3000 reports" in rows[-1].assumptions[-1]
+    assert not any("nobody else is trusted" in a for a in rows[-1].assumptions)  # here the others are
+    assert statement_at(local(raw, insecure_seed=1), plan, spend)[-1].epsilon is None
+    raw["federation"]["clients"] = 4  # too few to hide among: the row says what holds anyway
+    few = local(raw, insecure_seed=None)
+    assert statement_at(few, privacy_plan(few), spend)[-1].epsilon == 1.0
+    for section, change in (
+        ("privacy", {"trust": "central"}),
+        ("privacy", {"groups": [{"epsilon": 1.0, "clients": 4}]}),
+        ("evaluation", {"epsilon": 0.5, "every": 1}),
+    ):
+        with pytest.raises(ConfigError, match="privacy.shuffler"):
+            parse_config(raw | {section: raw.get(section, {}) | change}, where="test")
 
 
 def test_what_does_not_combine_is_refused_with_a_reason(raw_config: Raw, tmp_path: Path):

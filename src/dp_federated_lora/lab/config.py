@@ -132,7 +132,8 @@ class PrivacySection(_Section):
     (`personalisation` "sample"; `sampling_rate` is then the mean) or is clipped harder ("scale").
 
     `trust` says who adds noise: the server on the sum ("central"), or every participant on what it sends ("local"), which holds
-    against the server too; the noise of a step is then sqrt(federation.clients) times as large.
+    against the server too; the noise of a step is then sqrt(federation.clients) times as large. `shuffler` declares that somebody
+    else mixes the reports before the server gets them: the statement then has a row for that. It changes no noise and no charge.
     """
 
     unit: Literal["example", "client"]
@@ -141,6 +142,7 @@ class PrivacySection(_Section):
     delta: Annotated[float, Field(gt=0, lt=1)] = MAX_DELTA
     clip_norm: Positive = 1.0
     clip_quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
+    shuffler: bool = False
     sampling_rate: Annotated[float, Field(gt=0, le=1)]
     rounds: Count
     population: Count | None = None
@@ -360,6 +362,12 @@ class Config(_Section):
             problems.append(
                 'privacy.clip_quantile: with trust = "local" every participant adds noise to the count of bits, and the clip '
                 "norm would follow that noise; remove it"
+            )
+        private = self.privacy
+        if private.shuffler and (private.trust != "local" or private.unit != "client" or private.groups or self.evaluation):
+            problems.append(
+                'privacy.shuffler: hides a report among others that could be its own: with trust = "local" and unit = "client", '
+                "all of one kind, so without privacy.groups and [evaluation]; change those or remove it"
             )
         local = [training.local_steps, training.local_batch_size, training.local_learning_rate]
         if self.privacy.unit == "client" and None in local:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.workbench import Workbench, privacy_plan, unit_notes
-from dp_federated_lora.privacy import PrivacyPlan, Spend, StatementRow, state_privacy
+from dp_federated_lora.privacy import PrivacyPlan, Spend, StatementRow, shuffled_gaussian_epsilon, state_privacy
 from dp_federated_lora.vector import Layout
 
 
@@ -69,7 +69,27 @@ def statement_json(statement: tuple[StatementRow, ...]) -> list[dict[str, Any]]:
 
 def statement_at(config: Config, plan: PrivacyPlan, spend: Spend) -> tuple[StatementRow, ...]:
     """The statement of a run of this configuration and plan that has spent `spend`."""
-    return state_privacy(plan, spend=spend, insecure=config.run.insecure_seed is not None, notes=unit_notes(config))
+    rows = state_privacy(plan, spend=spend, insecure=config.run.insecure_seed is not None, notes=unit_notes(config))
+    return (*rows, _behind_the_shuffler(rows[0], plan, spend)) if config.privacy.shuffler else rows
+
+
+def _behind_the_shuffler(row: StatementRow, plan: PrivacyPlan, spend: Spend) -> StatementRow:
+    """What `row` becomes where the server gets the reports from a shuffler; charges do not count on it, as it sees names."""
+    mixed_by = (
+        f"a shuffler that helps nobody passes on all {plan.sites} reports of a round, without names and mixed, and no "
+        "participant tells which one is its own"
+    )
+    epsilon = row.epsilon
+    if epsilon is not None and spend.charges:
+        mixed = shuffled_gaussian_epsilon(
+            reports=plan.sites,
+            noise_multiplier=plan.mechanism.noise_multiplier,
+            sampling_rate=plan.sampler.sampling_rate,
+            rounds=spend.charges,
+            delta=spend.delta,
+        )
+        epsilon = min(epsilon, mixed)
+    return replace(row, adversary="the server behind the shuffler", epsilon=epsilon, assumptions=(*row.assumptions, mixed_by))
 
 
 def plan_run(config: Config) -> RunPlan:

@@ -22,6 +22,7 @@ from dp_federated_lora.privacy.personal import Personalisation, Tier, personal_t
 from dp_federated_lora.privacy.plan import PrivacyPlan, PrivacyUnit, StatementRow, Trust, state_privacy
 from dp_federated_lora.privacy.rng import SecureRandom
 from dp_federated_lora.privacy.sampling import CyclicPoissonSampler, FixedSizeSampler, PoissonSampler, TruncatedPoissonSampler
+from dp_federated_lora.privacy.shuffling import shuffled_gaussian_epsilon
 from dp_federated_lora.storage import LedgerRow
 
 __all__ = (
@@ -66,5 +67,6 @@ __all__ = (
     "inverse",
     "personal_tiers",
     "sensitivity",
+    "shuffled_gaussian_epsilon",
     "state_privacy",
 )

@@ -54,24 +54,18 @@ class Permit:
 
         A unit is in the sum of one site, so one event covers it (parallel composition, McSherry 2009, Theorem 4).
 
-        Args:
-            rng: the stream that the permit was issued for.
-            sites: distinct names.
-
         Raises:
-            PermitSpent, PermitMismatch: as `burn`.
-            PrivacyError: if a site is named twice: its noise would repeat.
+            PermitSpent, PermitMismatch: as `burn`; `rng` is the stream that the permit was issued for.
+            PrivacyError: if a site is named twice.
         """
         if len(set(sites)) != len(sites):
             raise PrivacyError("a site is named twice: two releases would have the same noise")
         self.burn(self.event, rng.commitment)
-        divided = {}
-        for site in sites:
-            stream = rng.derive("site", site)
-            permit = issue(self.serial, self.round, self.event, stream.commitment)
+        streams = {site: rng.derive("site", site) for site in sites}
+        permits = [issue(self.serial, self.round, self.event, stream.commitment) for stream in streams.values()]
+        for permit in permits:
             permit._units = self._units
-            divided[site] = permit, stream
-        return divided
+        return dict(zip(sites, zip(permits, streams.values(), strict=True), strict=True))
 
     def __reduce__(self) -> NoReturn:
         raise PrivacyError("a permit cannot be pickled or copied: it buys one release")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from itertools import accumulate
 from typing import Final, Self, final
@@ -347,14 +347,11 @@ def state_privacy(plan: PrivacyPlan, *, spend: Spend, insecure: bool, notes: tup
     server = "the server computes sums and noise as this software does, and keeps un-noised values to itself"
     others = "they see every global adapter of the run; all of them are charged"
     adversaries = {"recipients of the model": (server, *chosen), "other participants": (server, *chosen, others)}
-    uncovered = {"the server": ("under trust = central the server sees un-noised contributions",)}
     if plan.trust is Trust.LOCAL:
-        own = (
-            "the unit's own participant, on a machine of its own, tosses secret coins for what takes part (Poisson), clips and "
-            "adds noise as this software does; nobody else is trusted, even if all others put together what they see"
-        )
+        own = "the unit's own participant, on its own machine, tosses secret coins (Poisson), clips and adds noise as it should"
         always = "every participant reports in every round, noise alone if need be; that it belongs to the run is public"
-        adversaries, uncovered = dict.fromkeys((*adversaries, "the server"), (own, always)), {}
+        alone = "nobody else is trusted, even if the server and all other participants put together what they see"
+        adversaries = dict.fromkeys(adversaries, (own, always)) | {"the server": (own, always, alone)}
     seed = ("NOT PRIVATE: noise and sampling came from a fixed seed that anyone can repeat",)
     whole = f"epsilon is of all {plan.rounds} planned rounds: a run that ends early, by a rule or by hand, states no less"
     if spend.charges != spend.released and not plan.tiers:
@@ -376,9 +373,8 @@ def state_privacy(plan: PrivacyPlan, *, spend: Spend, insecure: bool, notes: tup
         for adversary, assumptions in adversaries.items()
         for unit, epsilon, delta in protected
     )
-    return covered + tuple(
-        StatementRow(
-            adversary=adversary, unit=plan.unit.value, relation=RELATION, epsilon=None, delta=None, assumptions=assumptions
-        )
-        for adversary, assumptions in uncovered.items()
-    )
+    if plan.trust is Trust.LOCAL:
+        return covered
+    seen = ("under trust = central the server sees un-noised contributions",)
+    server_row = replace(covered[0], adversary="the server", unit=plan.unit.value, epsilon=None, delta=None, assumptions=seen)
+    return (*covered, server_row)
