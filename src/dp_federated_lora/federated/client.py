@@ -130,9 +130,8 @@ def report(request: Request, client: Client, learner: Learner, permit: Permit, r
         IncompatiblePlan: as `handle`.
     """
     total = handle(request, client, learner, rng)
-    released = client.plan.evaluation if request.purpose is Purpose.EVALUATION else client.plan
-    if released is None:
-        raise IncompatiblePlan(f"{client.name} agreed to a plan without evaluation; nothing was sent")
+    # `handle` has refused an evaluation that is not in the plan.
+    released = (request.purpose is Purpose.EVALUATION and client.plan.evaluation) or client.plan
     return released.mechanism.release(total, charged=released.event, permit=permit, rng=rng)
 
 
