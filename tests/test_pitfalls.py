@@ -29,7 +29,6 @@ from dp_federated_lora.monitoring.metrics import read_metrics
 from dp_federated_lora.privacy import (
     BoundedSum,
     Composition,
-    ExampleGradients,
     FixedSizeSampler,
     GaussianMechanism,
     Ledger,
@@ -40,6 +39,7 @@ from dp_federated_lora.privacy import (
     clip_examples,
     clip_to,
 )
+from dp_federated_lora.training.gradients import ExampleGradients
 from dp_federated_lora.vector import Layout
 from plans import a_plan
 

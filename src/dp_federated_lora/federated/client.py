@@ -130,9 +130,10 @@ def report(request: Request, client: Client, learner: Learner, permit: Permit, r
         IncompatiblePlan: as `handle`.
     """
     total = handle(request, client, learner, rng)
-    # `handle` has refused an evaluation that is not in the plan.
-    released = (request.purpose is Purpose.EVALUATION and client.plan.evaluation) or client.plan
-    return released.mechanism.release(total, charged=released.event, permit=permit, rng=rng)
+    evaluation = client.plan.evaluation if request.purpose is Purpose.EVALUATION else None
+    if evaluation is not None:
+        return evaluation.mechanism.release(total, charged=evaluation.event, permit=permit, rng=rng)
+    return client.plan.release(total, {}, permit=permit, rng=rng)[0]
 
 
 def _scores(client: Client, learner: Learner) -> BoundedSum:

@@ -308,10 +308,10 @@ class Config(_Section):
                 "privacy.correlated.buffers: reach over all rounds, so sampling cannot be accounted for by turns; use bands, or "
                 "sampling_rate = 1.0"
             )
-        if privacy.clip_quantile is not None or privacy.groups or self.training.head_rounds:
+        if privacy.clip_quantile is not None or privacy.groups or self.training.head_rounds or privacy.trust == "local":
             problems.append(
-                "privacy.correlated: cannot be combined with clip_quantile, groups or training.head_rounds: noise cancels only "
-                "between rounds of one clip norm, the same for all units, and one set of parameters"
+                'privacy.correlated: cannot be combined with clip_quantile, groups, training.head_rounds or trust = "local": noise '
+                "cancels only between sums of one clip norm, the same for all units, and one set of parameters"
             )
         return problems
 

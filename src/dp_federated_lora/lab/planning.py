@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
 from dp_federated_lora.lab.config import Config
+from dp_federated_lora.lab.shuffling import shuffled_gaussian_epsilon
 from dp_federated_lora.lab.workbench import Workbench, privacy_plan, unit_notes
-from dp_federated_lora.privacy import PrivacyPlan, Spend, StatementRow, shuffled_gaussian_epsilon, state_privacy
+from dp_federated_lora.privacy import PrivacyPlan, Spend, StatementRow, state_privacy
 from dp_federated_lora.vector import Layout
 
 
@@ -80,12 +81,12 @@ def _behind_the_shuffler(row: StatementRow, plan: PrivacyPlan, spend: Spend) -> 
         "participant tells which one is its own"
     )
     epsilon = row.epsilon
-    if epsilon is not None and spend.charges:
+    if epsilon is not None:
         mixed = shuffled_gaussian_epsilon(
             reports=plan.sites,
             noise_multiplier=plan.mechanism.noise_multiplier,
             sampling_rate=plan.sampler.sampling_rate,
-            rounds=spend.charges,
+            rounds=max(spend.charges, plan.rounds),
             delta=spend.delta,
         )
         epsilon = min(epsilon, mixed)

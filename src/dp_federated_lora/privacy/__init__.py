@@ -13,7 +13,6 @@ from dp_federated_lora.privacy.clipping import AdaptiveClip, clip_examples, clip
 from dp_federated_lora.privacy.correlated import CorrelatedGaussian, Correlation, NoiseState, inverse, sensitivity
 from dp_federated_lora.privacy.evaluation import PrivateEvaluation
 from dp_federated_lora.privacy.filters import RenyiFilter
-from dp_federated_lora.privacy.gradients import ExampleGradients
 from dp_federated_lora.privacy.ledger import Budget, Ledger, Scope, Spend
 from dp_federated_lora.privacy.mechanisms import GaussianMechanism
 from dp_federated_lora.privacy.participation import Participation
@@ -22,7 +21,6 @@ from dp_federated_lora.privacy.personal import Personalisation, Tier, personal_t
 from dp_federated_lora.privacy.plan import PrivacyPlan, PrivacyUnit, StatementRow, Trust, state_privacy
 from dp_federated_lora.privacy.rng import SecureRandom
 from dp_federated_lora.privacy.sampling import CyclicPoissonSampler, FixedSizeSampler, PoissonSampler, TruncatedPoissonSampler
-from dp_federated_lora.privacy.shuffling import shuffled_gaussian_epsilon
 from dp_federated_lora.storage import LedgerRow
 
 __all__ = (
@@ -35,7 +33,6 @@ __all__ = (
     "Correlation",
     "CyclicPoissonSampler",
     "DpEvent",
-    "ExampleGradients",
     "FixedSizeSampler",
     "GaussianMechanism",
     "Ledger",
@@ -67,6 +64,5 @@ __all__ = (
     "inverse",
     "personal_tiers",
     "sensitivity",
-    "shuffled_gaussian_epsilon",
     "state_privacy",
 )

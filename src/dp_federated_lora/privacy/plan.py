@@ -22,9 +22,10 @@ from dp_federated_lora.privacy.bounded import BoundedSum, Released, UnitId
 from dp_federated_lora.privacy.clipping import AdaptiveClip, clip_examples
 from dp_federated_lora.privacy.correlated import CorrelatedGaussian, Correlation
 from dp_federated_lora.privacy.evaluation import PrivateEvaluation
-from dp_federated_lora.privacy.ledger import Budget, Permit, Spend
+from dp_federated_lora.privacy.ledger import Budget, Spend
 from dp_federated_lora.privacy.mechanisms import GaussianMechanism
 from dp_federated_lora.privacy.participation import Participation
+from dp_federated_lora.privacy.permits import Permit
 from dp_federated_lora.privacy.personal import Personalisation, Tier, personal_tiers
 from dp_federated_lora.privacy.rng import SecureRandom
 from dp_federated_lora.privacy.sampling import CyclicPoissonSampler, PoissonSampler
@@ -124,8 +125,13 @@ class PrivacyPlan:
         if isinstance(self.mechanism, CorrelatedGaussian):
             if (self.mechanism.rounds, self.mechanism.clip_norm) != (self.rounds, self.clip_norm):
                 raise IncompatiblePlan(f"{self.mechanism} is not for {self.rounds} rounds of clip norm {self.clip_norm}")
-            if self.tiers or self.adaptive_clip is not None:
-                raise IncompatiblePlan("correlated noise needs one clip norm for all units and rounds: no groups, no adaptation")
+            if self.tiers or self.adaptive_clip is not None or self.trust is Trust.LOCAL:
+                raise IncompatiblePlan(
+                    "correlated noise needs one sum and clip norm in all rounds: no groups, adaptation, local trust"
+                )
+        self._require_tiers()
+
+    def _require_tiers(self) -> None:
         if self.tiers and (self.adaptive_clip is not None or self.evaluation is not None):
             raise IncompatiblePlan("budgets of groups are planned for training with a fixed clip norm alone")
         for tier in self.tiers:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dp_federated_lora.data import Examples
-from dp_federated_lora.privacy import BoundedSum, ExampleGradients, PrivacyPlan, UnitId
+from dp_federated_lora.privacy import BoundedSum, PrivacyPlan, UnitId
+from dp_federated_lora.training.gradients import ExampleGradients
 from dp_federated_lora.training.learner import Learner
 from dp_federated_lora.vector import Layout
 

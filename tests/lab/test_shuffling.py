@@ -12,8 +12,8 @@ from scipy.special import log_ndtr
 from scipy.stats import binom
 
 from dp_federated_lora.errors import PrivacyError
+from dp_federated_lora.lab.shuffling import _distance, shuffled_epsilon, shuffled_gaussian_epsilon
 from dp_federated_lora.privacy import calibrate_noise_multiplier
-from dp_federated_lora.privacy.shuffling import _distance, shuffled_epsilon, shuffled_gaussian_epsilon
 
 
 def closed_form(n: int, e: float, delta: float) -> float:

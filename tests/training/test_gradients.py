@@ -7,8 +7,7 @@ from dp_federated_lora.aggregation import FEDAVG
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import IncompatiblePlan
 from dp_federated_lora.lora import AdaptedModel, Task, adapt
-from dp_federated_lora.privacy import ExampleGradients
-from dp_federated_lora.training import Learner
+from dp_federated_lora.training.gradients import ExampleGradients, Learner
 
 
 def bert() -> AdaptedModel:
