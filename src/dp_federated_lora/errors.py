@@ -107,6 +107,10 @@ class CheckpointError(DpflError):
     """A checkpoint is missing, damaged, of another configuration, or older than the ledger."""
 
 
+class AggregationError(DpflError):
+    """Updates cannot be combined as asked: too many bad ones for the rule, another shape, an unknown rule or parameter."""
+
+
 class AuditError(DpflError):
     """An audit cannot say anything: too few canaries, an impossible confidence or count, or colliding names."""
 

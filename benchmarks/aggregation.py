@@ -1,0 +1,112 @@
+"""Robust rules: from the last update's arrival to the aggregate, and beside ByzFL (https://pypi.org/project/byzfl/).
+
+    python benchmarks/aggregation.py [--updates 1000] [--size 147456] [--repetitions 3]
+
+Wall time. The first table uses two threads and times what is left to do when the last update arrives, checks and inner products
+included. The second uses one thread on both sides, updates already in memory, the two implementations in turn; ByzFL gets a numpy
+array. Medians of the repetitions; ratios are the numbers to compare between machines. Peak memory is that of the process until then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from dp_federated_lora.aggregation import FFA
+from dp_federated_lora.aggregation.robust import RobustAggregator, Updates
+from dp_federated_lora.privacy import Released
+
+ARRIVAL: tuple[tuple[str, tuple[str, ...], dict[str, object]], ...] = (
+    ("mean", (), {}),
+    ("krum", (), {}),
+    ("multi_krum", (), {}),
+    ("mean", ("nnm",), {}),
+    ("multi_krum", ("nnm",), {}),
+    ("geometric_median", (), {}),
+    ("centered_clipping", (), {"tau": 300.0, "steps": 3}),
+)
+BESIDE: tuple[tuple[str, dict[str, object], str, dict[str, object]], ...] = (
+    ("median", {}, "Median", {}),
+    ("trimmed_mean", {}, "TrMean", {"f": ...}),
+    ("meamed", {}, "Meamed", {"f": ...}),
+    ("krum", {}, "Krum", {"f": ...}),
+    ("geometric_median", {"nu": 0.1, "steps": 3}, "GeometricMedian", {}),
+    ("mean", {}, "Average", {}),
+)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def peak() -> float:
+    """Peak resident memory of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def byzfl() -> object:
+    """ByzFL's rules without its first lines, which import torchvision and plotting."""
+    spec = importlib.util.find_spec("byzfl")
+    if spec is None:
+        sys.exit("ByzFL is not installed: pip install --no-deps byzfl")
+    sys.modules["byzfl"] = importlib.util.module_from_spec(spec)
+    return importlib.import_module("byzfl.aggregators.aggregators")
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser()
+    for name, default in (("updates", 1000), ("size", 147_456), ("repetitions", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    n, d, f = options.updates, options.size, options.updates // 5
+    generator = torch.Generator().manual_seed(1)
+
+    def update() -> Released:
+        return Released(torch.randn(d, generator=generator, dtype=torch.float64), 1.0, insecure=True)
+
+    theirs = byzfl()
+    torch.set_num_threads(2)
+    arrivals = len(ARRIVAL) * options.repetitions
+    updates = Updates(FFA, torch.zeros(d, dtype=torch.float64), n + arrivals)
+    for _ in range(n - 1):
+        updates.add(update())
+    times: dict[str, list[float]] = {}
+    for _ in range(options.repetitions):
+        for rule, before, parameters in ARRIVAL:
+            aggregator = RobustAggregator(rule=rule, f=0 if rule == "mean" else f, before=before, parameters=parameters)
+            last = update()
+            label = " + ".join((*before, rule))
+            times.setdefault(label, []).append(seconds(lambda: (updates.add(last), aggregator(updates))))  # noqa: B023
+    print(f"{platform.machine()}, torch {torch.__version__}; n = {n} (and up to {arrivals} more), d = {d}, f = {f}\n")
+    print(f"{'after the last update, 2 threads':36}{'ms':>8}")
+    for label, values in times.items():
+        print(f"{label:36}{1e3 * statistics.median(values):8.0f}", flush=True)
+    print(f"peak memory {peak():.1f} GB\n")
+
+    torch.set_num_threads(1)
+    rows = updates.points().columns(slice(None))[:n].numpy()
+    print(f"{'1 thread':20}{'s':>8}{'ByzFL, s':>10}{'ratio':>8}")
+    for rule, parameters, name, arguments in BESIDE:
+        aggregator = RobustAggregator(rule=rule, f=0 if rule == "mean" else f, parameters=parameters)
+        peer = getattr(theirs, name)(**{key: f if value is ... else value for key, value in arguments.items()})
+        pairs = [(seconds(lambda: aggregator(updates)), seconds(lambda: peer(rows))) for _ in range(options.repetitions)]  # noqa: B023
+        ours, other = (statistics.median(side) for side in zip(*pairs, strict=True))
+        print(f"{rule:20}{ours:8.2f}{other:10.2f}{other / ours:8.1f}", flush=True)
+    print(f"peak memory {peak():.1f} GB")
+
+
+if __name__ == "__main__":
+    main()
