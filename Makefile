@@ -29,6 +29,8 @@ lint: .venv/.test
 
 .venv/.test: .venv/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@# Its rules need nothing but torch, numpy and scipy; what it asks for would bring plotting and another build of torchvision.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^byzfl==' constraints.txt)"
 	touch $@
 
 clean:

@@ -1,10 +1,11 @@
 """Robust rules: from the last update's arrival to the aggregate, and beside ByzFL (https://pypi.org/project/byzfl/).
 
-    python benchmarks/aggregation.py [--updates 1000] [--size 147456] [--repetitions 3]
+    python benchmarks/aggregation.py [--updates 1000] [--size 147456] [--repetitions 3] [--byzfl 1]
 
-Wall time. The first table uses two threads and times what is left to do when the last update arrives, checks and inner products
-included. The second uses one thread on both sides, updates already in memory, the two implementations in turn; ByzFL gets a numpy
-array. Medians of the repetitions; ratios are the numbers to compare between machines. Peak memory is that of the process until then.
+The first table uses two threads and times what is left to do when the last update arrives, checks and inner products included, by
+the clock. The second is processor time on one thread, updates already in memory, the implementations in turn; ByzFL gets a torch
+tensor, and for coordinate-wise rules also a numpy array, for which it has other code. Medians of the repetitions; ratios are the
+numbers to compare between machines. Peak memory is that of the process.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import platform
 import resource
 import statistics
@@ -34,6 +36,7 @@ ARRIVAL: tuple[tuple[str, tuple[str, ...], dict[str, object]], ...] = (
     ("geometric_median", (), {}),
     ("centered_clipping", (), {"tau": 300.0, "steps": 3}),
 )
+COORDINATEWISE = ("median", "trimmed_mean", "meamed")
 BESIDE: tuple[tuple[str, dict[str, object], str, dict[str, object]], ...] = (
     ("median", {}, "Median", {}),
     ("trimmed_mean", {}, "TrMean", {"f": ...}),
@@ -44,11 +47,11 @@ BESIDE: tuple[tuple[str, dict[str, object], str, dict[str, object]], ...] = (
 )
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
+def seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Time of one call."""
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def peak() -> float:
@@ -68,7 +71,7 @@ def byzfl() -> object:
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser()
-    for name, default in (("updates", 1000), ("size", 147_456), ("repetitions", 3)):
+    for name, default in (("updates", 1000), ("size", 147_456), ("repetitions", 3), ("byzfl", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     n, d, f = options.updates, options.size, options.updates // 5
@@ -89,22 +92,30 @@ def main() -> None:
             aggregator = RobustAggregator(rule=rule, f=0 if rule == "mean" else f, before=before, parameters=parameters)
             last = update()
             label = " + ".join((*before, rule))
-            times.setdefault(label, []).append(seconds(lambda: (updates.add(last), aggregator(updates))))  # noqa: B023
-    print(f"{platform.machine()}, torch {torch.__version__}; n = {n} (and up to {arrivals} more), d = {d}, f = {f}\n")
+            taken = seconds(lambda: (updates.add(last), aggregator(updates)), time.perf_counter)  # noqa: B023
+            times.setdefault(label, []).append(taken)
+    print(f"{platform.machine()}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
+    print(f"n = {n} (and up to {arrivals} more), d = {d}, f = {f}\n", flush=True)
     print(f"{'after the last update, 2 threads':36}{'ms':>8}")
     for label, values in times.items():
         print(f"{label:36}{1e3 * statistics.median(values):8.0f}", flush=True)
     print(f"peak memory {peak():.1f} GB\n")
 
     torch.set_num_threads(1)
-    rows = updates.points().columns(slice(None))[:n].numpy()
-    print(f"{'1 thread':20}{'s':>8}{'ByzFL, s':>10}{'ratio':>8}")
+    rows = updates.points().columns(slice(None))[:n]
+    print(f"{'1 thread, s':20}{'ours':>8}{'ByzFL':>8}{'ratio':>8}{'ByzFL numpy':>14}{'ratio':>8}")
     for rule, parameters, name, arguments in BESIDE:
         aggregator = RobustAggregator(rule=rule, f=0 if rule == "mean" else f, parameters=parameters)
         peer = getattr(theirs, name)(**{key: f if value is ... else value for key, value in arguments.items()})
-        pairs = [(seconds(lambda: aggregator(updates)), seconds(lambda: peer(rows))) for _ in range(options.repetitions)]  # noqa: B023
-        ours, other = (statistics.median(side) for side in zip(*pairs, strict=True))
-        print(f"{rule:20}{ours:8.2f}{other:10.2f}{other / ours:8.1f}", flush=True)
+        sides: dict[str, list[float]] = {"ours": [], "torch": [], "numpy": []}
+        for _ in range(options.byzfl):
+            sides["ours"].append(seconds(lambda: aggregator(updates), time.process_time))  # noqa: B023
+            sides["torch"].append(seconds(lambda: peer(rows), time.process_time))  # noqa: B023
+            if rule in COORDINATEWISE:
+                sides["numpy"].append(seconds(lambda: peer(rows.numpy()), time.process_time))  # noqa: B023
+        ours, *others = (statistics.median(side) for side in sides.values() if side)
+        print(f"{rule:20}{ours:8.2f}{others[0]:8.2f}{others[0] / ours:8.1f}", end="")
+        print(f"{others[1]:14.2f}{others[1] / ours:8.1f}" if others[1:] else "", flush=True)
     print(f"peak memory {peak():.1f} GB")
 
 

@@ -198,7 +198,7 @@ KAPPA = {
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**20), far=st.sampled_from([0.0, 1.0, 3.0, 30.0, 1e4]))
 def test_the_result_is_near_the_mean_of_any_n_minus_f_compared_with_their_variance(rule, before, seed, far):
-    # (f, kappa)-robustness, Allouah et al. 2023, definition 2, with the constants of its table 1 and lemma 1.
+    # (f, kappa)-robustness (Allouah et al. 2023, arXiv 2302.01772); the constants are those usually quoted from there.
     n, f = 11, 3
     rows = random_rows(seed)
     rows[:f] = rows[:f] * 0.1 + far

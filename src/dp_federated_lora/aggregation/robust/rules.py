@@ -52,7 +52,7 @@ def bulyan(points: Points, f: int) -> Tensor:
     return coordinatewise(points, lambda block: mean_near_median(block[:, chosen], points.count - 4 * f))
 
 
-def geometric_median(points: Points, f: int, *, nu: float = 1e-6, steps: int = 30) -> Tensor:
+def geometric_median(points: Points, f: int, *, nu: float = 1e-6, steps: int = 16) -> Tensor:
     """The point with the least sum of distances, by smoothed Weiszfeld steps from the reference (Pillutla et al. 2022, RFA).
 
     Args:

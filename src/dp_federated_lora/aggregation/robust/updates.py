@@ -68,7 +68,9 @@ class Points:
         """Squared distances `(m, m)` between points."""
         gram = self._gram[1:, 1:]
         lengths = np.diag(gram)
-        squares = (lengths[:, None] + lengths - 2 * gram).clip(min=0)
+        squares: Array = -2 * gram
+        squares += lengths[:, None] + lengths
+        np.maximum(squares, 0, out=squares)
         np.fill_diagonal(squares, 0)
         return squares
 
@@ -186,8 +188,11 @@ class Updates:
         """
         n = len(self) + 1
         points = Points(self._rows[:n], self._centre, self._gram[:n, :n])
-        typical = np.median(points.squares, axis=1)  # a minority moves neither this for the others nor the median of it
-        if n < 3 or np.median(typical) >= _CANCELLED * np.median(np.diag(self._gram)[1:n]):
+        if n < 3:
+            return points
+        # A minority moves neither this for the others nor the median of it.
+        typical = np.partition(points.squares, n // 2 - 1, axis=1)[:, n // 2 - 1]
+        if np.median(typical) >= _CANCELLED * np.median(np.diag(self._gram)[1:n]):
             return points
         middle = self._rows[1 + int(typical.argmin())].clone()
         self._centre = self._centre + middle
