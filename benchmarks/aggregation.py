@@ -2,10 +2,10 @@
 
     python benchmarks/aggregation.py [--updates 1000] [--size 147456] [--repetitions 3] [--byzfl 1]
 
-The first table uses two threads and times what is left to do when the last update arrives, checks and inner products included, by
-the clock. The second is processor time on one thread, updates already in memory, the implementations in turn; ByzFL gets a torch
-tensor, and for coordinate-wise rules also a numpy array, for which it has other code. Medians of the repetitions; ratios are the
-numbers to compare between machines. Peak memory is that of the process.
+The first table times what is left to do when the last update arrives, checks and inner products included: by the clock on two
+threads, and as processor time on one, which other work on the machine disturbs less. The second is processor time on one
+thread, updates already in memory, the implementations in turn; ByzFL gets a torch tensor, and for coordinate-wise rules also a
+numpy array, for which it has other code. Medians of the repetitions; ratios are the numbers to compare between machines.
 """
 
 from __future__ import annotations
@@ -81,24 +81,25 @@ def main() -> None:
         return Released(torch.randn(d, generator=generator, dtype=torch.float64), 1.0, insecure=True)
 
     theirs = byzfl()
-    torch.set_num_threads(2)
-    arrivals = len(ARRIVAL) * options.repetitions
+    arrivals = 2 * len(ARRIVAL) * options.repetitions
     updates = Updates(FFA, torch.zeros(d, dtype=torch.float64), n + arrivals)
     for _ in range(n - 1):
         updates.add(update())
-    times: dict[str, list[float]] = {}
+    times: dict[str, tuple[list[float], list[float]]] = {}
     for _ in range(options.repetitions):
         for rule, before, parameters in ARRIVAL:
             aggregator = RobustAggregator(rule=rule, f=0 if rule == "mean" else f, before=before, parameters=parameters)
-            last = update()
-            label = " + ".join((*before, rule))
-            taken = seconds(lambda: (updates.add(last), aggregator(updates)), time.perf_counter)  # noqa: B023
-            times.setdefault(label, []).append(taken)
+            sides = times.setdefault(" + ".join((*before, rule)), ([], []))
+            for side, threads, clock in zip(sides, (2, 1), (time.perf_counter, time.process_time), strict=True):
+                torch.set_num_threads(threads)
+                last = update()
+                side.append(seconds(lambda: (updates.add(last), aggregator(updates)), clock))  # noqa: B023
     print(f"{platform.machine()}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
     print(f"n = {n} (and up to {arrivals} more), d = {d}, f = {f}\n", flush=True)
-    print(f"{'after the last update, 2 threads':36}{'ms':>8}")
-    for label, values in times.items():
-        print(f"{label:36}{1e3 * statistics.median(values):8.0f}", flush=True)
+    print(f"{'after the last update, ms':32}{'clock, 2 threads':>18}{'processor, 1 thread':>22}")
+    for label, sides in times.items():
+        clocked, processor = (1e3 * statistics.median(side) for side in sides)
+        print(f"{label:32}{clocked:18.0f}{processor:22.0f}", flush=True)
     print(f"peak memory {peak():.1f} GB\n")
 
     torch.set_num_threads(1)
@@ -107,13 +108,13 @@ def main() -> None:
     for rule, parameters, name, arguments in BESIDE:
         aggregator = RobustAggregator(rule=rule, f=0 if rule == "mean" else f, parameters=parameters)
         peer = getattr(theirs, name)(**{key: f if value is ... else value for key, value in arguments.items()})
-        sides: dict[str, list[float]] = {"ours": [], "torch": [], "numpy": []}
+        columns: dict[str, list[float]] = {"ours": [], "torch": [], "numpy": []}
         for _ in range(options.byzfl):
-            sides["ours"].append(seconds(lambda: aggregator(updates), time.process_time))  # noqa: B023
-            sides["torch"].append(seconds(lambda: peer(rows), time.process_time))  # noqa: B023
+            columns["ours"].append(seconds(lambda: aggregator(updates), time.process_time))  # noqa: B023
+            columns["torch"].append(seconds(lambda: peer(rows), time.process_time))  # noqa: B023
             if rule in COORDINATEWISE:
-                sides["numpy"].append(seconds(lambda: peer(rows.numpy()), time.process_time))  # noqa: B023
-        ours, *others = (statistics.median(side) for side in sides.values() if side)
+                columns["numpy"].append(seconds(lambda: peer(rows.numpy()), time.process_time))  # noqa: B023
+        ours, *others = (statistics.median(side) for side in columns.values() if side)
         print(f"{rule:20}{ours:8.2f}{others[0]:8.2f}{others[0] / ours:8.1f}", end="")
         print(f"{others[1]:14.2f}{others[1] / ours:8.1f}" if others[1:] else "", flush=True)
     print(f"peak memory {peak():.1f} GB")
