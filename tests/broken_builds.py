@@ -29,7 +29,7 @@ from dp_federated_lora.vector import Layout
 from plans import a_plan
 
 D = 10_000
-LAYOUT = Layout((("lora_A", (D // 2,)), ("lora_B", (D // 2,))))
+LAYOUT = Layout((("lora_B", (D // 2,)), ("head", (D // 2,))))
 Wrap = Callable[[Exchange, Server], tuple[Exchange, Server]]
 
 EVERYONE = a_plan(sampler=PoissonSampler(1.0), mechanism=GaussianMechanism(1.0), rounds=1)

@@ -65,12 +65,12 @@ def released(tmp_path: Path, updates: Sequence[torch.Tensor], seed: int = 1) -> 
                 yield BoundedSum.collect([clip_to(update, 1.0, UnitId(str(index)))], size=SIZE, clip_norm=1.0)
 
     plan = a_plan(**ONE_SURE_ROUND)
-    server = Server(plan=plan, method=FFA, optimizer=Sgd(1.0), layout=Layout((("w", (SIZE,)),)))
-    state = ServerState(0, {"w": torch.zeros(SIZE)}, Sgd(1.0).init(SIZE), plan.clip_norm)
+    server = Server(plan=plan, method=FFA, optimizer=Sgd(1.0), layout=Layout((("lora_B", (SIZE,)),)))
+    state = ServerState(0, {"lora_B": torch.zeros(SIZE)}, Sgd(1.0).init(SIZE), plan.clip_norm)
     key = SecureRandom.insecure_from(seed)
     tmp_path.mkdir(exist_ok=True)
     ledger = Ledger.open(tmp_path / f"{len(list(tmp_path.iterdir()))}.sqlite", budget=plan.budget, owner="t")
-    return server.run_round(state, server.reserve(state, ledger, key), Clients(), key)[0].adapter["w"]
+    return server.run_round(state, server.reserve(state, ledger, key), Clients(), key)[0].adapter["lora_B"]
 
 
 def example_bench(raw: Raw) -> tuple[Workbench, PrivacyPlan, list[Client]]:

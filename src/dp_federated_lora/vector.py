@@ -44,6 +44,10 @@ class Layout:
         """The layout of `tensors`, in their iteration order."""
         return cls(tuple((name, tuple(value.shape)) for name, value in tensors.items()))
 
+    def __contains__(self, name: object) -> bool:
+        """Whether a tensor of that name is part of the vector."""
+        return any(name == known for known, _ in self.entries)
+
     @property
     def size(self) -> int:
         """Number of scalars d of the flat vector."""

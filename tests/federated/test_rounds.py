@@ -50,12 +50,12 @@ class Clients:
 
 
 def one_round(tmp_path: Path, exchange: Clients, the_plan: PrivacyPlan, seed: int = 1) -> torch.Tensor:
-    server = Server(plan=the_plan, method=FFA, optimizer=Sgd(1.0), layout=Layout((("w", (D,)),)))
-    state = ServerState(0, {"w": torch.zeros(D)}, Sgd(1.0).init(D), the_plan.clip_norm)
+    server = Server(plan=the_plan, method=FFA, optimizer=Sgd(1.0), layout=Layout((("lora_B", (D,)),)))
+    state = ServerState(0, {"lora_B": torch.zeros(D)}, Sgd(1.0).init(D), the_plan.clip_norm)
     key = SecureRandom.insecure_from(seed)
     ledger = Ledger.open(tmp_path / f"{seed}.sqlite", budget=the_plan.budget, owner="t")
     after, _ = server.run_round(state, server.reserve(state, ledger, key), exchange, key)
-    return after.adapter["w"]
+    return after.adapter["lora_B"]
 
 
 def test_the_released_mean_is_the_clipped_sum_plus_noise_over_a_public_constant(tmp_path: Path):
@@ -159,9 +159,7 @@ def test_clients_refuse_a_plan_they_did_not_agree_to_and_names_are_unique(raw_co
 def test_head_rounds_send_and_move_the_head_alone_and_its_steps_have_their_own_length(tmp_path: Path):
     layout = Layout((("lora_B", (30,)), ("head.weight", (D - 30,))))
     method = replace(FFA, head_rounds=1)
-    server = Server(
-        plan=a_plan(), method=method, optimizer=Sgd(1.0), layout=layout, head=frozenset({"head.weight"}), head_scale=10.0
-    )
+    server = Server(plan=a_plan(), method=method, optimizer=Sgd(1.0), layout=layout, head_scale=10.0)
     state = ServerState(0, {"lora_B": torch.zeros(30), "head.weight": torch.zeros(D - 30)}, Sgd(1.0).init(D), 2.0)
     ledger = Ledger.open(tmp_path / "l.sqlite", budget=a_plan().budget, owner="t")
     assert [server.bytes_per_client(n) for n in (1, 2)] == [8 * (D - 30), 8 * D]
@@ -201,3 +199,8 @@ def test_server_optimisers_follow_their_formulas():
         step, state = adam.update(scale * mean, state)
         total += step
     assert torch.allclose(total, reference.detach(), atol=1e-9)
+    # Yogi: the second moment grows by 1 % of the squares, and shrinks by 1 % of them where they are smaller.
+    yogi = Adam(0.1, yogi=True)
+    _, state = yogi.update(torch.ones(1, dtype=torch.float64), yogi.init(1))
+    _, state = yogi.update(torch.full((1,), 0.09, dtype=torch.float64), state)
+    assert state["second"].item() == pytest.approx(0.01 - 0.01 * 0.09**2)

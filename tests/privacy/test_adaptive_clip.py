@@ -97,8 +97,8 @@ def test_it_reaches_the_quantile_from_both_sides(tmp_path: Path, start: float, q
         clip_norm=start,
         budget=a_plan().budget.__class__(1000.0, 1e-5),
     )
-    server = Server(plan=plan, method=FFA, optimizer=Sgd(1.0), layout=Layout((("w", (4,)),)))
-    state = ServerState(0, {"w": torch.zeros(4)}, Sgd(1.0).init(4), plan.clip_norm)
+    server = Server(plan=plan, method=FFA, optimizer=Sgd(1.0), layout=Layout((("lora_B", (4,)),)))
+    state = ServerState(0, {"lora_B": torch.zeros(4)}, Sgd(1.0).init(4), plan.clip_norm)
     ledger = Ledger.open(tmp_path / "l.sqlite", budget=plan.budget, owner="t")
     norms = []
     for number in range(50):

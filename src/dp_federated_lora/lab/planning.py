@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
+from dp_federated_lora.federated import Server
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.shuffling import shuffled_gaussian_epsilon
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan, unit_notes
+from dp_federated_lora.lab.workbench import Workbench, privacy_plan, server_optimizer, unit_notes
 from dp_federated_lora.privacy import PrivacyPlan, Spend, StatementRow, state_privacy
-from dp_federated_lora.vector import Layout
 
 
 @final
@@ -22,6 +22,7 @@ class RunPlan:
         trainable_parameters: scalars trained and sent.
         trainable_fraction: their share of the base model.
         bytes_per_client_round: adapter bytes to a client and back; fewer in rounds that train the head alone.
+        noise_norm: expected L2 norm of the noise in a round's mean update.
         statement: what the run would end with.
     """
 
@@ -29,6 +30,7 @@ class RunPlan:
     trainable_parameters: int
     trainable_fraction: float
     bytes_per_client_round: int
+    noise_norm: float
     statement: tuple[StatementRow, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -40,7 +42,7 @@ class RunPlan:
             "steps": self.privacy.rounds,
             "expected_cohort": self.privacy.divisor,
             "delta": self.privacy.budget.delta,
-            "noise_norm": self.privacy.noise_norm(self.trainable_parameters, self.privacy.clip_norm),
+            "noise_norm": self.noise_norm,
             "clip_norm": self.privacy.clip_norm,
             "trust": self.privacy.trust.value,
             "noise_sources": self.privacy.sites,
@@ -97,13 +99,14 @@ def plan_run(config: Config) -> RunPlan:
     """Plan a run: calibrate noise and count what is trained. Loads the model, touches no training data."""
     bench = Workbench.of(config)
     plan = privacy_plan(config)
-    size = Layout.of(bench.model.parameters(bench.method.factors)).size
+    server, _ = Server.of(bench.model, plan, bench.method, server_optimizer(config))
     whole = Spend(plan.epsilon_after(plan.rounds), plan.budget.delta, plan.rounds, plan.rounds)
     statement = statement_at(config, plan, whole)
     return RunPlan(
         privacy=plan,
-        trainable_parameters=size,
+        trainable_parameters=server.layout.size,
         trainable_fraction=bench.trainable_fraction,
-        bytes_per_client_round=2 * 4 * size,
+        bytes_per_client_round=server.bytes_per_client(plan.rounds),
+        noise_norm=plan.noise_norm(server.layout_in(plan.rounds).size, plan.clip_norm),
         statement=statement,
     )

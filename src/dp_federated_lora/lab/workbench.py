@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 
-from dp_federated_lora.aggregation import FEDAVG, FFA, Adam, LinearMethod, ServerOptimizer, Sgd
+from dp_federated_lora.aggregation import METHODS, Adam, LinearMethod, ServerOptimizer, Sgd
 from dp_federated_lora.data import (
     Examples,
     Table,
@@ -25,7 +25,7 @@ from dp_federated_lora.errors import ConfigError
 from dp_federated_lora.federated import Client
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.factorisation import optimise_bands, optimise_buffers
-from dp_federated_lora.lora import AdaptedModel, Task, adapt, load_backbone
+from dp_federated_lora.lora import AdaptedModel, Factor, Task, adapt, load_backbone
 from dp_federated_lora.privacy import (
     AdaptiveClip,
     Budget,
@@ -38,8 +38,6 @@ from dp_federated_lora.privacy import (
     calibrate_noise_multiplier,
 )
 from dp_federated_lora.training import Learner, LocalSteps
-
-METHODS: Final = {method.name: method for method in (FFA, FEDAVG)}
 
 
 def privacy_plan(config: Config) -> PrivacyPlan:
@@ -112,8 +110,8 @@ def participant_names(config: Config) -> list[str]:
 def server_optimizer(config: Config) -> ServerOptimizer:
     """The server optimiser of a configuration."""
     training = config.training
-    if training.server_optimizer == "adam":
-        return Adam(training.server_learning_rate)
+    if training.server_optimizer != "sgd":
+        return Adam(training.server_learning_rate, yogi=training.server_optimizer == "yogi")
     return Sgd(training.server_learning_rate, training.server_momentum)
 
 
@@ -131,6 +129,8 @@ def local_steps(config: Config) -> LocalSteps | None:
             steps=training.local_steps,
             batch_size=training.local_batch_size,
             learning_rate=training.local_learning_rate,
+            optimizer=training.local_optimizer,
+            proximal=training.local_proximal,
         )
     return None
 
@@ -165,6 +165,7 @@ class Workbench:
             torch.set_num_threads(config.run.threads)
         path = resolve(config.model.source, sha256=config.model.sha256)
         task = Task(config.model.task)
+        method = replace(METHODS[config.method.name], head_rounds=config.training.head_rounds)
         model = adapt(
             load_backbone(path, task, dtype=getattr(torch, config.model.dtype)),
             task=task,
@@ -175,8 +176,8 @@ class Workbench:
             targets=config.lora.targets,
             last_layers=config.lora.last_layers,
             seed=config.run.seed,
+            cores=Factor.CORE in method.factors,
         )
-        method = replace(METHODS[config.method.name], head_rounds=config.training.head_rounds)
         tokenizer: Any = load_tokenizer(path)
         learner = Learner(
             model,

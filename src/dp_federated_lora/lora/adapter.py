@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dp_federated_lora.errors import ModelError
+from dp_federated_lora.lora.cores import cores_of, insert_cores, without_cores
 from dp_federated_lora.lora.models import Pooling, Task, TextClassifier
 
 
@@ -27,7 +28,17 @@ class Factor(Enum):
 
     A = "lora_A"
     B = "lora_B"
+    CORE = "core"
     HEAD = "head"
+
+    @classmethod
+    def of(cls, name: str) -> Factor | None:
+        """The kind of the parameter called `name`; None for those of the base model."""
+        parts = name.split(".")
+        if parts[0] == cls.HEAD.value:
+            return cls.HEAD
+        kind = next((kind for kind in (cls.A, cls.B) if kind.value in parts), None)
+        return cls.CORE if kind and cls.CORE.value in parts else kind
 
 
 def block_list(backbone: nn.Module) -> nn.ModuleList:
@@ -61,10 +72,7 @@ class AdaptedModel:
         self._factors: dict[str, Factor] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         for name, parameter in module.named_parameters():
-            factor = next((f for f in (Factor.A, Factor.B) if f".{f.value}." in name), None)
-            if factor is None and name.startswith("head."):
-                factor = Factor.HEAD
-            if factor is not None:
+            if (factor := Factor.of(name)) is not None:
                 self._factors[name] = factor
                 self._parameters[name] = parameter
 
@@ -101,7 +109,8 @@ class AdaptedModel:
     def save(self, folder: Path, *, source: str) -> None:
         """Write a PEFT adapter of the plain backbone, the head, and how to load them."""
         self._peft.peft_config["default"].base_model_name_or_path = source
-        self._peft.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        plain = without_cores(self._peft.state_dict())
+        self._peft.save_pretrained(folder, state_dict=plain, safe_serialization=True, save_embedding_layers=False)
         head = {n.removeprefix("head."): p.detach().clone() for n, p in self.parameters(frozenset((Factor.HEAD,))).items()}
         if head:
             save_file(head, folder / "head.safetensors")
@@ -116,12 +125,16 @@ class AdaptedModel:
         from peft import set_peft_model_state_dict  # noqa: PLC0415  (imports transformers)
 
         try:
-            result: Any = set_peft_model_state_dict(self._peft, load_file(folder / "adapter_model.safetensors"))
+            saved = load_file(folder / "adapter_model.safetensors")
+            if cores := cores_of(saved, self._peft.state_dict()):
+                self._peft.load_state_dict(cores, strict=False)
+                saved = {name: tensor for name, tensor in saved.items() if Factor.of(name) is Factor.A}
+            result: Any = set_peft_model_state_dict(self._peft, saved)
             if result.unexpected_keys:
                 raise ModelError(f"{folder} belongs to another model: unexpected {result.unexpected_keys[:3]}")
             if self.parameters(frozenset((Factor.HEAD,))):
                 self.load({f"head.{n}": t for n, t in load_file(folder / "head.safetensors").items()})
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
             raise ModelError(f"the adapter in {folder} cannot be read: {error}") from error
 
 
@@ -136,6 +149,7 @@ def adapt(
     targets: Sequence[str],
     last_layers: int | None,
     seed: int,
+    cores: bool = False,
 ) -> AdaptedModel:
     """Put LoRA (and for classification a head) on a frozen backbone.
 
@@ -152,6 +166,7 @@ def adapt(
         targets: names of the linear layers to adapt, as in PEFT's `target_modules`.
         last_layers: adapt the last k blocks only; None for all.
         seed: public randomness of A.
+        cores: put a trainable r x r core between fixed factors from the base weights, instead of drawing A.
 
     Raises:
         ModelError: if no layer matches or a target cannot carry LoRA.
@@ -184,8 +199,12 @@ def adapt(
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in backbone.named_modules() if isinstance(m, nn.Linear)})
         raise ModelError(f"lora.targets {list(targets)}: {error}. Linear layers of this model: {linear}") from error
     peft_model.eval()
+    if cores:
+        insert_cores(peft_model)
     module: nn.Module = TextClassifier(peft_model, classes, pooling) if task is Task.CLASSIFICATION else peft_model
     adapted = AdaptedModel(module, peft_model, task, base_parameters)
+    if cores:
+        return adapted
     generator = torch.Generator().manual_seed(seed)
     adapted.load(
         {

@@ -126,9 +126,7 @@ class PrivacyPlan:
             if (self.mechanism.rounds, self.mechanism.clip_norm) != (self.rounds, self.clip_norm):
                 raise IncompatiblePlan(f"{self.mechanism} is not for {self.rounds} rounds of clip norm {self.clip_norm}")
             if self.tiers or self.adaptive_clip is not None or self.trust is Trust.LOCAL:
-                raise IncompatiblePlan(
-                    "correlated noise needs one sum and clip norm in all rounds: no groups, adaptation, local trust"
-                )
+                raise IncompatiblePlan("correlated noise needs one sum and one clip norm: no groups, adaptation or local trust")
         self._require_tiers()
 
     def _require_tiers(self) -> None:

@@ -45,7 +45,7 @@ class Learner:
         self._states: dict[tuple[int, ...], Tensor] = {}
         self._keep_features = keep_features
         self._features: dict[tuple[int, ...], Tensor] = {}
-        self._factors = model.parameters(frozenset((Factor.A, Factor.B)))
+        self._factors = model.parameters(frozenset(Factor) - {Factor.HEAD})
         self._factors_of_features = {name: p.detach().clone() for name, p in self._factors.items()}
 
     def batches(self, examples: Examples, indices: Sequence[int]) -> Iterator[list[int]]:

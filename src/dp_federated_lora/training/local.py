@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,28 @@ from dp_federated_lora.vector import Layout
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalSteps:
-    """Plain SGD at the client.
+    """Optimisation at the client; its state begins anew in every round.
 
     Args:
         steps: number of local steps.
         batch_size: examples per step, drawn without replacement (all, where a client has fewer).
         learning_rate: step size.
+        optimizer: plain SGD, or AdamW without weight decay.
+        proximal: mu of FedProx (Li et al. 2020, arXiv 1812.06127): mu / 2 times the squared distance from the global adapter
+            is added to the loss.
     """
 
     steps: int
     batch_size: int
     learning_rate: float
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    proximal: float = 0.0
+
+    def optimizer_of(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """A fresh optimiser; a parameter without a gradient is not moved."""
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
+        return torch.optim.SGD(parameters, lr=self.learning_rate)
 
 
 def local_update(
@@ -38,24 +49,39 @@ def local_update(
     examples: Examples,
     local: LocalSteps,
     generator: torch.Generator,
+    *,
+    turns: Sequence[Mapping[str, nn.Parameter]] = (),
 ) -> Tensor:
     """Change `(d,)` of the trained parameters after local steps; zero for a client without examples.
 
     The parameters are left changed: the caller loads the global adapter before each use.
+
+    Args:
+        learner: the model at the global adapter.
+        trained: trained parameters by name; they define the layout.
+        examples: the client's examples.
+        local: how it optimises.
+        generator: draws batches.
+        turns: which of them one step after the other trains, over and over; all if empty.
     """
     layout = Layout.of(trained)
-    start = layout.flatten({name: p.detach() for name, p in trained.items()})
-    for _ in range(local.steps if len(examples) else 0):
+    start = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer = local.optimizer_of(list(trained.values()))
+    for step in range(local.steps if len(examples) else 0):
+        turn = turns[step % len(turns)] if turns else trained
         chosen = torch.randperm(len(examples), generator=generator)[: local.batch_size].tolist()
-        gradients = [torch.zeros_like(p) for p in trained.values()]
+        gradients = {name: local.proximal * (p.detach() - start[name]) for name, p in turn.items()}
         for batch in learner.batches(examples, chosen):
-            parts = torch.autograd.grad(learner.losses(examples, batch).sum(), list(trained.values()), materialize_grads=True)
-            for total, part in zip(gradients, parts, strict=True):
-                total.add_(part)
-        with torch.no_grad():
-            for parameter, gradient in zip(trained.values(), gradients, strict=True):
-                parameter.sub_(gradient, alpha=local.learning_rate / len(chosen))
-    return layout.flatten({name: p.detach() for name, p in trained.items()}) - start
+            loss = learner.losses(examples, batch).sum() / len(chosen)
+            parts = torch.autograd.grad(loss, list(turn.values()), materialize_grads=True)
+            for gradient, part in zip(gradients.values(), parts, strict=True):
+                gradient.add_(part)
+        optimizer.zero_grad()
+        for name, parameter in turn.items():
+            parameter.grad = gradients[name]
+        optimizer.step()
+    optimizer.zero_grad()
+    return layout.flatten({name: p.detach() for name, p in trained.items()}) - layout.flatten(start)
 
 
 def example_gradient_sum(

@@ -1,8 +1,16 @@
-r"""Methods whose contribution is a sum: they say which factors are trained and sent.
+r"""Methods whose contribution is a sum: they say which factors are trained and sent, and what the server does with their mean.
 
-With W = W0 + s B A, averaging both factors is not averaging their product: the error is the covariance of B_k and
-A_k over clients, and noise on both factors is amplified by their product. Freezing A removes both
-(Sun et al. 2024, FFA-LoRA, arXiv 2403.12313).
+With W = W0 + s B A, averaging both factors is not averaging their product: the error is the covariance of B_k and A_k over
+clients, and noise on both factors is amplified by their product. All but FedAvg therefore train one of them at a time.
+
+| name | trained | source |
+|---|---|---|
+| fedavg | A and B together | FedIT (arXiv 2305.05644) |
+| ffa | B over a frozen A | FFA-LoRA (Sun et al. 2024, arXiv 2403.12313) |
+| rolora | B and A in turn, round by round | RoLoRA (Chen et al. 2024, arXiv 2409.02346) |
+| lalora | B and A in turn, local step by local step; both are sent | LA-LoRA (arXiv 2602.19926), without its low-pass filter |
+| fedask | B over a shared A; then the server splits B A anew | FedASK (arXiv 2507.09990), see `fedask.py` |
+| fedsb | an r x r core between a fixed B and A | Fed-SB (arXiv 2502.15436), fixed factors by SVD of W0 |
 
 A head that starts at zero gives the adapter below it no gradient, only noise, until it has learnt something. Training the
 head alone first avoids that (Kumar et al. 2022, arXiv 2202.10054; under DP: Ke et al. 2024, arXiv 2402.18905).
@@ -10,32 +18,62 @@ head alone first avoids that (Kumar et al. 2022, arXiv 2202.10054; under DP: Ke 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, final
 
+from torch import Tensor
+
+from dp_federated_lora.aggregation.lora.fedask import split_anew
 from dp_federated_lora.lora import Factor
+
+Factors = frozenset[Factor]
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class LinearMethod:
-    """A method in which each client sends the change of the trained factors and the server adds their mean.
+    """A method in which each client sends the change of what it trained and the server adds their mean.
 
     Args:
         name: as in `[method] name`.
-        factors: what is trained and sent, beside nothing else.
-        head_rounds: number of rounds at the start in which the head alone is.
+        factors: all that is ever trained.
+        turns: what is trained and sent in one round after the other, over and over; all of `factors` if empty.
+        local_turns: what one local step after the other trains; all that the round trains if empty.
+        settle: what the server does to the adapter after a round that trained more than the head; it sees released values only.
+        settles: what `settle` changes beside `factors`.
+        head_rounds: number of rounds at the start in which the head alone is trained.
     """
 
     name: str
-    factors: frozenset[Factor]
+    factors: Factors
+    turns: tuple[Factors, ...] = ()
+    local_turns: tuple[Factors, ...] = ()
+    settle: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
+    settles: Factors = frozenset()
     head_rounds: int = 0
 
-    def factors_in(self, number: int) -> frozenset[Factor]:
+    def factors_in(self, number: int) -> Factors:
         """What is trained and sent in round `number` (1-based)."""
-        return HEAD_ALONE if number <= self.head_rounds else self.factors
+        if number <= self.head_rounds:
+            return HEAD_ALONE
+        return self.turns[(number - self.head_rounds - 1) % len(self.turns)] if self.turns else self.factors
+
+    def local_factors(self, number: int) -> tuple[Factors, ...]:
+        """What the local steps of round `number` train, in turn."""
+        sent = self.factors_in(number)
+        return tuple(turn & sent for turn in self.local_turns) if self.local_turns else (sent,)
 
 
 HEAD_ALONE: Final = frozenset((Factor.HEAD,))
-FFA: Final = LinearMethod("ffa", frozenset((Factor.B, Factor.HEAD)))
-FEDAVG: Final = LinearMethod("fedavg", frozenset((Factor.A, Factor.B, Factor.HEAD)))
+_A: Final = frozenset((Factor.A, Factor.HEAD))
+_B: Final = frozenset((Factor.B, Factor.HEAD))
+
+FEDAVG: Final = LinearMethod("fedavg", _A | _B)
+FFA: Final = LinearMethod("ffa", _B)
+ROLORA: Final = LinearMethod("rolora", _A | _B, turns=(_B, _A))  # B first: while it is zero, A has no gradient
+LALORA: Final = LinearMethod("lalora", _A | _B, local_turns=(_B, _A))
+FEDASK: Final = LinearMethod("fedask", _B, settle=split_anew, settles=_A)
+FEDSB: Final = LinearMethod("fedsb", frozenset((Factor.CORE, Factor.HEAD)))
+
+METHODS: Final = {method.name: method for method in (FEDAVG, FFA, ROLORA, LALORA, FEDASK, FEDSB)}

@@ -131,7 +131,7 @@ class Updates:
     """
 
     def __init__(self, method: LinearMethod, reference: Tensor, capacity: int) -> None:
-        if method.factors >= {Factor.A, Factor.B}:
+        if any(sent >= {Factor.A, Factor.B} for sent in method.turns or (method.factors,)):
             raise IncompatiblePlan(
                 f"robust rules compare updates, and method {method.name!r} sends both factors: (c B, A / c) is the same adapter "
                 "as (B, A), so a client could choose how far from the others it seems and pull the average; use a method that "
