@@ -124,7 +124,7 @@ class Config(Section):
         if changing or privacy.groups or privacy.trust == "local":
             problems.append(
                 'privacy.correlated: cannot be combined with clip_quantile, groups, training.head_rounds, method "rolora" or '
-                'trust = "local": noise cancels only between sums of one clip norm, the same for all units, and one set of parameters'
+                'trust = "local": noise cancels only between sums of one clip norm, the same for all, and one set of parameters'
             )
         return problems
 
