@@ -36,7 +36,8 @@ def test_an_audit_passes_charges_as_usual_and_writes_what_it_found(config: Confi
     result = audit(config, out=tmp_path / "audit", canaries=60, on_round=seen.append)
     found = json.loads((result.path / "audit.json").read_text())
     spend = Ledger.read(result.path / "ledger.sqlite").spent()
-    assert spend.epsilon <= found["claimed_epsilon"] == pytest.approx(spend.epsilon) <= 8.0
+    assert spend.epsilon <= found["claimed_epsilon"] <= 8.0
+    assert found["claimed_epsilon"] == pytest.approx(spend.epsilon)
     assert spend.charges == spend.released == len(seen) == config.privacy.rounds
     assert found["passed"] is True
     assert found["lower_bound"] == max(found["bound_one_run"], found["bound_one_run_f_dp"]) <= found["claimed_epsilon"]

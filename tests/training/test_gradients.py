@@ -7,7 +7,8 @@ from dp_federated_lora.aggregation import FEDAVG
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import IncompatiblePlan
 from dp_federated_lora.lora import AdaptedModel, Task, adapt
-from dp_federated_lora.training.gradients import ExampleGradients, Learner
+from dp_federated_lora.training import Learner
+from dp_federated_lora.training.gradients import ExampleGradients
 
 
 def bert() -> AdaptedModel:

@@ -203,17 +203,18 @@ def adapt(
         insert_cores(peft_model)
     module: nn.Module = TextClassifier(peft_model, classes, pooling) if task is Task.CLASSIFICATION else peft_model
     adapted = AdaptedModel(module, peft_model, task, base_parameters)
-    if cores:
-        return adapted
-    generator = torch.Generator().manual_seed(seed)
-    adapted.load(
-        {
-            name: torch.linalg.qr(torch.randn(*p.shape[::-1], generator=generator, dtype=torch.float64))[0].T.float()
-            for name, p in adapted.parameters(frozenset((Factor.A,))).items()
-            if math.prod(p.shape)
-        }
-    )
+    if not cores:
+        adapted.load(_orthonormal(adapted.parameters(frozenset((Factor.A,))), seed))
     return adapted
+
+
+def _orthonormal(factors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.linalg.qr(torch.randn(*factor.shape[::-1], generator=generator, dtype=torch.float64))[0].T.float()
+        for name, factor in factors.items()
+        if math.prod(factor.shape)
+    }
 
 
 def _card(source: str, task: Task, head: bool) -> str:
