@@ -1,4 +1,4 @@
-"""Robust rules: from the last update's arrival to the aggregate, and beside ByzFL (https://pypi.org/project/byzfl/).
+"""Robust rules: from the last update's arrival to the aggregate, and beside ByzFL.
 
     python benchmarks/aggregation.py [--updates 1000] [--size 147456] [--repetitions 3] [--byzfl 1]
 
