@@ -131,11 +131,11 @@ def test_a_double_sketch_of_products_with_one_a_is_no_better_than_one_sum():
     assert torch.allclose(sketched, (sum(b) / 5) @ a, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", ["bert", "gpt2"])
-def test_a_core_keeps_its_norm_between_the_base_weights_singular_vectors(raw_config: Raw, shape: str):
-    if shape == "bert":
+@pytest.mark.parametrize("target", ["query", "attn.c_attn", "attn.c_proj"])  # GPT-2 keeps weights transposed; the last is square
+def test_a_core_keeps_its_norm_between_the_base_weights_singular_vectors(raw_config: Raw, target: str):
+    if target == "query":
         bench, _ = bench_of(raw_config, "fedsb")
-        peft_model, weights = bench.model.module.backbone, "query"
+        peft_model = bench.model.module.backbone
     else:
         from transformers import GPT2Config, GPT2Model
 
@@ -150,20 +150,20 @@ def test_a_core_keeps_its_norm_between_the_base_weights_singular_vectors(raw_con
             classes=2,
             rank=2,
             alpha=2.0,
-            targets=["c_attn"],
+            targets=[target],
             last_layers=None,
             seed=0,
             cores=True,
         )
-        peft_model, weights = model.module.backbone, "c_attn"
-    layer = next(module for name, module in peft_model.named_modules() if name.endswith(weights) and hasattr(module, "lora_B"))
+        peft_model = model.module.backbone
+    layer = next(module for name, module in peft_model.named_modules() if name.endswith(target) and hasattr(module, "lora_B"))
     core, basis = layer.lora_B["default"]
     a, b = layer.lora_A["default"].weight.detach().double(), basis.weight.detach().double()
     assert not core.weight.any()
     x = normal(2, 2, seed=0)
     assert float((b @ x @ a).norm()) == pytest.approx(float(x.norm()), rel=1e-6)
     base = layer.get_base_layer().weight.double()
-    base = base if base.shape == (len(b), a.shape[1]) else base.T
+    base = base if target == "query" else base.T
     assert torch.allclose(b.T @ base @ a.T, torch.linalg.svdvals(base)[:2].diag(), atol=1e-5)
 
 

@@ -15,7 +15,7 @@ import torch
 from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 
-_CORE, _BASIS = ".core.weight", ".basis.weight"
+_CORE, _BASIS = ".lora_B.default.core.weight", ".lora_B.default.basis.weight"
 
 
 def insert_cores(peft_model: nn.Module) -> None:
@@ -26,7 +26,7 @@ def insert_cores(peft_model: nn.Module) -> None:
             continue
         layer: Any = module
         down, weight = layer.lora_A["default"], layer.get_base_layer().weight.detach().to(torch.float64)
-        if weight.shape != (factors["default"].out_features, down.in_features):  # GPT-2 keeps its weights transposed
+        if layer.fan_in_fan_out:  # GPT-2 keeps its weights transposed
             weight = weight.T
         rank = down.out_features
         left, values, right = svds(weight.numpy(), k=rank, v0=np.ones(min(weight.shape)))
@@ -45,7 +45,7 @@ def without_cores(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name in state:
         if name.endswith(_CORE):
             stem = name.removesuffix(_CORE)
-            plain[f"{stem}.weight"] = state[stem + _BASIS] @ state[name]
+            plain[f"{stem}.lora_B.default.weight"] = state[stem + _BASIS] @ state[name]
     return plain
 
 
@@ -56,4 +56,4 @@ def cores_of(saved: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[s
         KeyError: if the adapter is of other layers.
     """
     bases = {name.removesuffix(_BASIS): basis for name, basis in state.items() if name.endswith(_BASIS)}
-    return {stem + _CORE: basis.T @ saved[stem.removesuffix(".default") + ".weight"] for stem, basis in bases.items()}
+    return {stem + _CORE: basis.T @ saved[f"{stem}.lora_B.weight"] for stem, basis in bases.items()}
