@@ -10,7 +10,6 @@ import pytest
 import torch
 from dp_accounting import GaussianDpEvent, NoOpDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from dp_federated_lora import plan_run, train
 from dp_federated_lora.errors import (
@@ -37,6 +36,7 @@ from dp_federated_lora.privacy import (
     SecureRandom,
     event_from_json,
 )
+from saved import adapter, same
 
 Raw = dict[str, dict[str, object]]
 BANDS, BUFFERS = {"bands": 2, "separation": 2}, {"buffers": 2, "separation": 2}
@@ -52,14 +52,6 @@ def correlated(client_config: Raw) -> Raw:
 def configured(raw: Raw, **privacy: object) -> Config:
     raw["privacy"] |= privacy
     return parse_config(raw, where="test")
-
-
-def adapter(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "adapter" / "adapter_model.safetensors") | load_file(run / "adapter" / "head.safetensors")
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
 def charged(run: Path) -> list[object]:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dp_federated_lora import evaluate, plan_run, train
 from dp_federated_lora.errors import CheckpointError, ConfigError, RunError, RunInterrupted, StorageError
@@ -21,6 +20,7 @@ from dp_federated_lora.federated import RoundKeyFile, RoundReport
 from dp_federated_lora.lab.config import Config, parse_config
 from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.privacy import GaussianMechanism, Ledger
+from saved import adapter, same
 
 Raw = dict[str, dict[str, object]]
 
@@ -28,14 +28,6 @@ Raw = dict[str, dict[str, object]]
 def configured(raw: Raw, **run: object) -> Config:
     raw["run"] |= run
     return parse_config(raw, where="test")
-
-
-def adapter(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "adapter" / "adapter_model.safetensors") | load_file(run / "adapter" / "head.safetensors")
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
 def test_a_run_writes_its_files_and_a_statement_of_what_was_executed(raw_config: Raw):

@@ -121,8 +121,8 @@ def optimised(
 
 def gauge(adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The same adapter in other numbers: (c B, A / c) for (B, A). Any distance between factors, no change of their product."""
-    factors = {Factor.B.value: scale, Factor.A.value: 1 / scale}
-    return {name: value * math.prod(c for kind, c in factors.items() if kind in name) for name, value in adapter.items()}
+    factors: dict[Factor | None, float] = {Factor.B: scale, Factor.A: 1 / scale}
+    return {name: value * factors.get(Factor.of(name), 1.0) for name, value in adapter.items()}
 
 
 def label_flip(examples: Examples, labels: int) -> Examples:

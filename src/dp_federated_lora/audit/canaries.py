@@ -63,11 +63,6 @@ class CanaryAudit:
             AuditError: if a participant has the name of a canary, participants have budgets of their own or add the
                 noise, or it is correlated.
         """
-        if server.plan.trust is not Trust.CENTRAL:
-            raise AuditError(
-                "canaries are guessed from one noised sum, and under trust = local each of them would send its own noise: audit "
-                "the configuration with trust = central"
-            )
         self._released = torch.zeros(server.layout.size, dtype=torch.float64)
         return _WithCanaries(exchange, server, self), replace(server, optimizer=_Noting(server, self._released))
 
@@ -117,6 +112,11 @@ class _WithCanaries:
             self._extra = [f"{AUDITOR}/{index}" for index in self._members]
         else:
             self._extra = [AUDITOR]
+        if server.plan.trust is not Trust.CENTRAL:
+            raise AuditError(
+                "canaries are guessed from one noised sum, and under trust = local each of them would send its own noise: audit "
+                "the configuration with trust = central"
+            )
         if server.plan.tiers:
             raise AuditError("canaries belong to no declared group of budgets: audit the configuration without privacy.groups")
         if not isinstance(server.plan.mechanism, GaussianMechanism):

@@ -69,21 +69,16 @@ class AdaptedModel:
         self.task = task
         self.base_parameters = base_parameters
         self._peft = peft_model
-        self._factors: dict[str, Factor] = {}
-        self._parameters: dict[str, nn.Parameter] = {}
-        for name, parameter in module.named_parameters():
-            if (factor := Factor.of(name)) is not None:
-                self._factors[name] = factor
-                self._parameters[name] = parameter
+        self._parameters = {name: parameter for name, parameter in module.named_parameters() if Factor.of(name) is not None}
 
     def parameters(self, factors: frozenset[Factor]) -> dict[str, nn.Parameter]:
         """Adapter tensors of the given kinds, by name, in model order."""
-        return {name: p for name, p in self._parameters.items() if self._factors[name] in factors}
+        return {name: p for name, p in self._parameters.items() if Factor.of(name) in factors}
 
     def train_only(self, factors: frozenset[Factor]) -> dict[str, nn.Parameter]:
         """Let gradients flow to the given kinds and to nothing else; returns their parameters."""
         for name, parameter in self._parameters.items():
-            parameter.requires_grad_(self._factors[name] in factors)
+            parameter.requires_grad_(Factor.of(name) in factors)
         return self.parameters(factors)
 
     def state(self) -> dict[str, Tensor]:
