@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dp_federated_lora.cli import accounts
+from dp_federated_lora.cli import accounts, bench
 from dp_federated_lora.cli.terminal import AsJson, RunPath, print_json, show
 from dp_federated_lora.errors import DpflError, RunInterrupted
 
@@ -20,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(accounts.app)
+app.add_typer(bench.app, name="bench")
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; repeatable.")]
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration file.")]

@@ -112,6 +112,7 @@ class Run:
         on_round: as `train`.
         on_phase: as `train`.
         instrument: wraps the engine and the server before the first round.
+        bench: the configuration's model at its start, where it is loaded already.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Run:
         on_round: OnRound | None = None,
         on_phase: OnPhase | None = None,
         instrument: Instrument = lambda exchange, server: (exchange, server),
+        bench: Workbench | None = None,
     ) -> None:
         self._directory = directory
         self._config = config = directory.load_config()
@@ -130,7 +132,7 @@ class Run:
         self._metrics = MetricsFile(directory.metrics)
         self._keys = RoundKeyFile(directory.round_key)
         self._plan: PrivacyPlan = privacy_plan(config)
-        self._bench = Workbench.of(config)
+        self._bench = bench or Workbench.of(config)
         clients = self._bench.clients(self._plan)
         identity = f"{config.content_id}{self._plan.content_id}{data_id(clients)}"  # another library may plan otherwise
         self._run_id = hashlib.sha256(identity.encode()).hexdigest()

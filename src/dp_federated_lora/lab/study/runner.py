@@ -1,0 +1,104 @@
+"""Running the cells of a study: what is finished is kept, what cells share is computed once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, final
+
+from torch import Tensor
+
+from dp_federated_lora.aggregation import METHODS
+from dp_federated_lora.errors import ConfigError
+from dp_federated_lora.files import write_durably
+from dp_federated_lora.lab.config import Config
+from dp_federated_lora.lab.directory import RunDirectory
+from dp_federated_lora.lab.run import Run
+from dp_federated_lora.lab.study.baselines import BASELINES
+from dp_federated_lora.lab.study.grid import Cell
+from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lora import Factor
+from dp_federated_lora.monitoring.metrics import read_metrics
+
+RESULTS: Final = "results"
+
+
+@final
+class SharedBench:
+    """One model with its prepared examples for all cells that differ in neither."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._bench: Workbench | None = None
+        self._start: dict[str, Tensor] = {}
+
+    def of(self, config: Config) -> Workbench:
+        """The model at its start, for `config`."""
+        key = bench_key(config)
+        if self._bench is None or key != self._key:
+            self._bench = None  # its prepared states may fill the memory
+            self._bench, self._key = Workbench.of(config), key
+            self._start = self._bench.model.state()
+        self._bench.model.load(self._start)
+        method = replace(METHODS[config.method.name], head_rounds=config.training.head_rounds)
+        return replace(self._bench, config=config, method=method)
+
+
+def bench_key(config: Config) -> str:
+    """What decides model and prepared examples."""
+    cores = Factor.CORE in METHODS[config.method.name].factors
+    training, run = config.training, config.run
+    parts = (config.model, config.lora, config.data, training.batch_tokens, training.head_rounds > 0, run.seed, run.threads)
+    return repr((cores, parts))
+
+
+def run_study(cells: Sequence[Cell], folder: Path, *, on_cell: Callable[[Cell, int, int], None] = lambda *_: None) -> None:
+    """Run the cells that have no result in `folder` yet; each result is one JSON file, written when its cell is done.
+
+    Args:
+        cells: from `read_grid`.
+        folder: where runs and results go.
+        on_cell: called before each cell with its number, 0-based, and the number of cells that are left to run.
+
+    Raises:
+        ConfigError: if a baseline has no test data to be scored on.
+    """
+    shared = SharedBench()
+    open_cells = {cell.name: cell for cell in cells if not (folder / RESULTS / f"{cell.name}.json").exists()}
+    for number, cell in enumerate(sorted(open_cells.values(), key=lambda cell: bench_key(cell.config))):
+        on_cell(cell, number, len(open_cells))
+        bench, start = shared.of(cell.config), time.monotonic()
+        scores = _measured(cell, bench, folder / "runs" / cell.name)
+        minutes = (time.monotonic() - start) / 60
+        result = {"recipe": cell.recipe, "baseline": cell.baseline, "scores": scores, "minutes": minutes}
+        target = folder / RESULTS / f"{cell.name}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(target, (json.dumps(result, indent=2) + "\n").encode())
+
+
+def _measured(cell: Cell, bench: Workbench, out: Path) -> dict[str, float]:
+    if cell.baseline is None:
+        shutil.rmtree(out, ignore_errors=True)  # of a cell that was interrupted
+        with RunDirectory.create(out, cell.config) as directory:
+            run = Run(directory, bench=bench)
+            run.train()
+            result = run.write_results()
+            (*_, last) = read_metrics(directory.metrics)
+        return {**last["private_metrics"], **result.metrics, "epsilon": result.epsilon}
+    test = bench.test_examples()
+    if test is None:
+        raise ConfigError(f"the recipe {cell.recipe} has no test data; a baseline cannot be scored")
+    whole = replace(
+        bench,
+        config=cell.config.model_copy(
+            update={"federation": bench.config.federation.model_copy(update={"clients": 1, "partition": "iid"})}
+        ),
+    )
+    (client,) = whole.clients(privacy_plan(cell.config))
+    for examples in (client.examples, test):
+        bench.learner.prepare(examples)
+    return dict(BASELINES[cell.baseline](bench, client.examples, test, cell.repeat))

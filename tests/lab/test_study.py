@@ -1,0 +1,118 @@
+"""A study: every cell once, as if it were run alone; baselines that learn; a document that says what is missing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from scipy.stats import t as student
+from typer.testing import CliRunner
+
+from dp_federated_lora import train
+from dp_federated_lora.cli.main import app
+from dp_federated_lora.errors import ConfigError
+from dp_federated_lora.lab.study import Cell, read_grid, run_study, write_study
+
+Raw = dict[str, dict[str, Any]]
+
+
+def grid_of(path: Path, raw: Raw, *blocks: dict[str, Any]) -> Path:
+    """A study file over a small configuration."""
+    recipe = path / "small.toml"
+    recipe.write_text(tomli_w.dumps(raw), encoding="utf-8")
+    file = path / "grid.toml"
+    file.write_text(tomli_w.dumps({"block": [{"recipe": str(recipe), **block} for block in blocks]}), encoding="utf-8")
+    return file
+
+
+def test_the_study_that_ships_is_possible_and_covers_what_it_should() -> None:
+    cells = read_grid()
+    assert {cell.recipe for cell in cells} == {"newswire", "newsgroups", "dialogue"}
+    assert {cell.config.privacy.epsilon for cell in cells if not cell.baseline} >= {1.0, 3.0, 8.0}
+    assert {cell.config.privacy.unit for cell in cells} == {"example", "client"}
+    assert {cell.baseline for cell in cells} == {None, "probe", "not-private"}
+
+
+def test_cells_share_a_model_and_give_what_each_gives_alone(raw_config: Raw, tmp_path: Path) -> None:
+    raw_config["run"]["insecure_seed"] = 3
+    raw_config["training"]["head_rounds"] = 2
+    block = {"title": "Methods", "across": {"method.name": ["ffa", "fedsb", "fedavg"]}}
+    cells = read_grid(grid_of(tmp_path, raw_config, block))
+    run_study(cells, tmp_path / "study")
+    for cell in cells:
+        scores = json.loads((tmp_path / "study" / "results" / f"{cell.name}.json").read_text())["scores"]
+        alone = train(cell.config, out=tmp_path / "alone" / cell.name)
+        assert scores == {**alone.metrics, "epsilon": alone.epsilon}
+        adapters = [p / "adapter" / "adapter_model.safetensors" for p in (alone.path, tmp_path / "study" / "runs" / cell.name)]
+        assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_a_finished_cell_is_not_run_again_and_an_interrupted_one_is(raw_config: Raw, tmp_path: Path) -> None:
+    cells = read_grid(grid_of(tmp_path, raw_config, {"title": "Budgets", "across": {"privacy.epsilon": [8.0, 3.0]}}))
+    run_study(cells[:1], tmp_path / "study")
+    (tmp_path / "study" / "runs" / cells[1].name).mkdir()  # what a killed study leaves
+    seen: list[tuple[Cell, int, int]] = []
+    run_study([*cells, cells[1]], tmp_path / "study", on_cell=lambda *args: seen.append(args))
+    assert seen == [(cells[1], 0, 1)]
+
+
+def test_baselines_learn_and_the_document_has_shares_intervals_and_gaps(raw_config: Raw, tmp_path: Path) -> None:
+    epsilons = {"privacy.epsilon": [8.0, 1.0]}
+    raw_config["data"]["test"] = raw_config["data"]["train"]  # what was learnt of 120 texts with a random encoder shows there
+    file = grid_of(
+        tmp_path,
+        raw_config,
+        {"title": "Anchor", "baseline": "not-private"},
+        {"title": "Probe", "baseline": "probe", "across": epsilons, "repeats": 2},
+        {"title": "Runs", "across": epsilons},
+    )
+    cells = read_grid(file)
+    document = tmp_path / "study.md"
+    with pytest.raises(ConfigError, match="no results yet"):
+        write_study(cells, tmp_path / "study", document, command="dpfl bench utility")
+    run_study([cell for cell in cells if cell.baseline], tmp_path / "study")
+    write_study(cells, tmp_path / "study", document, command="dpfl bench utility")
+    text = document.read_text()
+    assert "2 of 7 runs are not made yet" in text and "## Runs" not in text
+
+    results = {cell.name: json.loads((tmp_path / "study" / "results" / f"{cell.name}.json").read_text()) for cell in cells[:5]}
+    anchor = results[cells[0].name]["scores"]["accuracy"]
+    strong = [results[cell.name]["scores"]["accuracy"] for cell in cells[1:3]]
+    topics = [line.split(",")[1] for line in Path(raw_config["data"]["train"]).read_text().splitlines()[1:]]
+    assert anchor > max(topics.count(topic) for topic in topics) / len(topics)
+    mean, spread = sum(strong) / 2, abs(strong[0] - strong[1]) / math.sqrt(2)
+    width = float(student.ppf(0.975, 1)) * spread / math.sqrt(2)
+    row = next(line for line in text.splitlines() if line.startswith("| DP linear probe | 8 |"))
+    assert f"| {100 * mean:.1f} ± {100 * width:.1f} |" in row and f"| {100 * mean / anchor:.1f} % |" in row
+    picture = (tmp_path / "study-probe.svg").read_text()
+    assert "study-probe.svg" in text and picture.startswith("<?xml")
+    write_study(cells, tmp_path / "study", document, command="dpfl bench utility")
+    assert (tmp_path / "study-probe.svg").read_text() == picture
+
+
+def test_the_command_runs_chosen_tables_and_names_what_is_wrong(raw_config: Raw, tmp_path: Path) -> None:
+    file = grid_of(tmp_path, raw_config, {"title": "First"}, {"title": "Second", "set": {"privacy.epsilon": 3.0}})
+    document = tmp_path / "mine.md"
+    arguments = ["bench", "utility", str(file), "--out", str(tmp_path / "out"), "--document", str(document)]
+    result = CliRunner().invoke(app, [*arguments, "--only", "Second"], catch_exceptions=False)
+    assert result.exit_code == 0 and "1 of 1: Second" in result.output
+    assert "## Second" in document.read_text() and "## First" not in document.read_text()
+
+    file.write_text('[[block]]\ntitle = "x"\nrecipe = "newswire"\nset = { "privacy.epsilon" = 99.0 }\n')
+    with pytest.raises(ConfigError, match=r"table 'x'.*\n.*weaker than this project stands for"):
+        read_grid(file)
+    file.write_text('[[block]]\ntitle = "x"\nrecip = "newswire"\n')
+    with pytest.raises(ConfigError, match="recip"):
+        read_grid(file)
+    with pytest.raises(ConfigError, match="there is no recipe"):
+        file.write_text('[[block]]\ntitle = "x"\nrecipe = "nothing"\n')
+        read_grid(file)
+    with pytest.raises(ConfigError, match="cannot read the study"):
+        read_grid(tmp_path / "absent.toml")
+    file.write_text("[[block")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        read_grid(file)
