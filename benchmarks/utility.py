@@ -5,7 +5,7 @@
     python benchmarks/utility.py --table-only          # the table again, from results measured earlier
 
 Every row is scored on the same declared-public test table. A result is one JSON file under runs/utility; the table is written
-to docs/utility.md from whatever results exist. Non-private training exists here and nowhere else in the project.
+to docs/utility.md from whatever results exist. Studies of many cells: `dpfl bench utility`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,17 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from dp_federated_lora import Config, load_config, train
-from dp_federated_lora.aggregation import FEDAVG
 from dp_federated_lora.data import Examples
 from dp_federated_lora.lab.recipes import recipe_text
+from dp_federated_lora.lab.study.baselines import BASELINES
 from dp_federated_lora.lab.workbench import Workbench, privacy_plan
-from dp_federated_lora.privacy import calibrate_noise_multiplier
-from dp_federated_lora.training import evaluate_model
-from dp_federated_lora.training.evaluation import macro_f1
 
 RESULTS = Path("runs/utility")
 TABLE = Path("docs/utility.md")
@@ -77,73 +75,21 @@ def centralised(data: str, epsilon: float, seed: int) -> dict[str, float]:
 
 
 def not_private(data: str, epsilon: float, seed: int) -> dict[str, float]:
-    """Both factors and the head by AdamW, three epochs, linear decay; the same model, targets and texts."""
+    """Both factors and the head, without privacy; the same model, targets and texts."""
     del epsilon
     bench, examples, test = loaded(data, seed)
     untrained = bench.model.state()
-    parameters = bench.model.train_only(FEDAVG.factors)
-    head = [p for n, p in parameters.items() if n.startswith("head.")]
-    rest = [p for n, p in parameters.items() if not n.startswith("head.")]
-    optimizer = torch.optim.AdamW([{"params": rest, "lr": 1e-3}, {"params": head, "lr": 5e-2}], weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    epochs, size = 3, 32
-    steps = epochs * -(-len(examples) // size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    for epoch in range(epochs):
-        order = torch.randperm(len(examples), generator=generator).tolist()
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            optimizer.zero_grad()
-            for batch in bench.learner.batches(examples, chosen):
-                (bench.learner.losses(examples, batch).sum() / len(chosen)).backward()
-            optimizer.step()
-            schedule.step()
-        print(f"  {data} not private, epoch {epoch + 1} of {epochs}", flush=True)
-    scores = evaluate_model(bench.learner, test)
+    scores = BASELINES["not-private"](bench, examples, test, seed)
     bench.model.load(untrained)
-    return scores
+    return dict(scores)
 
 
 def probe(data: str, epsilon: float, seed: int) -> dict[str, float]:
-    """DP-SGD on a linear layer over frozen features; the best of four learning rates, which flatters it."""
+    """DP-SGD on a linear layer over frozen features."""
     bench, examples, test = loaded(data, seed)
-    features, labels = frozen_features(bench, examples)
-    held_out, truth = frozen_features(bench, test)
-    rate, steps, clip = 0.1, 200, 1.0
-    multiplier = calibrate_noise_multiplier(epsilon=epsilon, delta=1e-5, sampling_rate=rate, rounds=steps)
-    generator = torch.Generator().manual_seed(seed)
-    best: dict[str, float] = {"accuracy": 0.0}
-    for learning_rate in (8.0, 16.0, 32.0, 64.0):
-        weight = torch.zeros(len(bench.config.data.labels), features.shape[1])
-        for _ in range(steps):
-            picked = torch.rand(len(labels), generator=generator) < rate
-            x, y = features[picked], labels[picked]
-            error = (x @ weight.T).softmax(dim=1)
-            error[torch.arange(len(y)), y] -= 1.0
-            norms = error.norm(dim=1) * x.norm(dim=1)  # of the outer product
-            gradient = (error * (clip / norms).clamp(max=1.0)[:, None]).T @ x
-            gradient += multiplier * clip * torch.randn(weight.shape, generator=generator)
-            weight -= learning_rate * gradient / (rate * len(labels))
-        predicted = (held_out @ weight.T).argmax(dim=1)
-        accuracy = float((predicted == truth).double().mean())
-        if accuracy > best["accuracy"]:
-            best = {"accuracy": accuracy, "macro_f1": macro_f1(truth, predicted), "learning_rate": learning_rate}
-    return best
-
-
-@torch.no_grad()
-def frozen_features(bench: Workbench, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pooled features with a constant one, `(n, h + 1)`, and labels `(n,)`: the untouched backbone."""
-    model = bench.model.module
-    hidden: list[torch.Tensor] = []
-    handle = model.head.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
-    rows = torch.empty(len(examples), model.head.in_features)
-    for batch in bench.learner.batches(examples, range(len(examples))):
-        hidden.clear()
-        bench.learner.logits(examples, batch)
-        rows[batch] = hidden[0]
-    handle.remove()
-    return torch.cat([rows, torch.ones(len(rows), 1)], dim=1), torch.tensor(examples.labels)
+    private = bench.config.privacy.model_copy(update={"epsilon": epsilon})
+    bench = replace(bench, config=bench.config.model_copy(update={"privacy": private}))
+    return dict(BASELINES["probe"](bench, examples, test, seed))
 
 
 @cache

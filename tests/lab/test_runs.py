@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dp_federated_lora import evaluate, plan_run, train
 from dp_federated_lora.errors import CheckpointError, ConfigError, RunError, RunInterrupted, StorageError
 from dp_federated_lora.federated import RoundKeyFile, RoundReport
 from dp_federated_lora.lab.config import Config, parse_config
 from dp_federated_lora.lab.directory import RunDirectory
+from dp_federated_lora.lab.workbench import Workbench, head_of_labels
 from dp_federated_lora.privacy import GaussianMechanism, Ledger
 from saved import adapter, same
 
@@ -120,6 +122,25 @@ def test_the_head_alone_is_trained_first_and_a_resume_repeats_it_to_the_bit(raw_
     assert same(adapters[0], adapter(tmp_path / "whole"))
     assert same(adapters[1], adapter(tmp_path / "whole"))
     assert sizes[1] == sizes[2] < sizes[3]
+
+
+def test_a_head_that_starts_from_label_names_knows_the_names_before_it_has_seen_data(raw_config: Raw, tmp_path: Path):
+    raw_config["training"]["head_start"] = "labels"
+    bench = Workbench.of(parse_config(raw_config, where="test"))
+    names, weight = bench.config.data.labels, bench.model.state()["head.weight"]
+    batch = bench.tokenizer(list(names), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert bench.model.module(batch["input_ids"], batch["attention_mask"]).argmax(dim=1).tolist() == [0, 1, 2]
+    assert torch.allclose(weight.sum(dim=0), torch.zeros(weight.shape[1]), atol=1e-4)  # no class is favoured on average
+    dotted = head_of_labels(bench.model, bench.tokenizer, ["crude.oil", "wheat_grain", "money"])
+    assert torch.equal(dotted, head_of_labels(bench.model, bench.tokenizer, ["crude oil", "wheat grain", "money"]))
+
+    result = train(configured(raw_config, insecure_seed=1), out=tmp_path / "labels")
+    assert not torch.equal(load_file(result.path / "adapter" / "head.safetensors")["weight"], weight)
+    raw_config["model"]["task"] = "causal-lm"
+    raw_config["data"] |= {"label_column": None, "labels": []}
+    with pytest.raises(ConfigError, match="head_start"):
+        parse_config(raw_config, where="test")
 
 
 def test_frozen_weights_in_bfloat16_leave_a_float32_adapter_and_nearly_the_same_scores(raw_config: Raw, tmp_path: Path):

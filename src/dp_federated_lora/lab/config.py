@@ -143,7 +143,7 @@ class Config(Section):
         return problems
 
     def _task_problems(self) -> list[str]:
-        data, problems = self.data, []
+        data, training, problems = self.data, self.training, []
         if self.model.task == "classification":
             if not data.label_column or len(data.labels) < 2:
                 problems.append(
@@ -152,8 +152,10 @@ class Config(Section):
         else:
             if data.label_column or data.labels:
                 problems.append('data.label_column, data.labels: task = "causal-lm" has no labels; remove them')
-            if self.training.server_head_learning_rate or self.training.head_rounds:
-                problems.append('training.server_head_learning_rate, head_rounds: task = "causal-lm" has no head; remove them')
+            if training.server_head_learning_rate or training.head_rounds or training.head_start != "zero":
+                problems.append(
+                    'training.server_head_learning_rate, head_rounds, head_start: task = "causal-lm" has no head; remove them'
+                )
         if self.training.patience and self.evaluation is None and not data.test:
             problems.append("training.patience: needs scores to watch; add [evaluation] or public data.test, or remove it")
         if self.training.head_rounds >= self.privacy.rounds:

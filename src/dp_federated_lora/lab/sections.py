@@ -154,7 +154,8 @@ class TrainingSection(Section):
 
     A linear head on normalised features wants far longer steps than the adapter below it: `server_head_learning_rate` is
     its own rate, by default `server_learning_rate`. In the first `head_rounds` rounds the head alone is trained: until it has
-    learnt something, the adapter gets noise and no signal. With `patience` the run ends once that many evaluations in a row have
+    learnt something, the adapter gets noise and no signal. `head_start` is "zero" or "labels": the encoder's own features of the
+    public label names, which cost no privacy. With `patience` the run ends once that many evaluations in a row have
     not improved the score of [evaluation], or without it of the public test data; what is claimed stays that of all rounds.
     `local_proximal` is FedProx's mu.
     """
@@ -163,6 +164,7 @@ class TrainingSection(Section):
     server_learning_rate: Positive = 1.0
     server_head_learning_rate: Positive | None = None
     head_rounds: Annotated[int, Field(ge=0)] = 0
+    head_start: Literal["zero", "labels"] = "zero"
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     local_steps: Count | None = None
     local_batch_size: Count | None = None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, Final, cast, final
 
 import torch
+from torch import Tensor
 
 from dp_federated_lora.aggregation import METHODS, Adam, LinearMethod, ServerOptimizer, Sgd
 from dp_federated_lora.data import (
@@ -25,7 +28,7 @@ from dp_federated_lora.errors import ConfigError
 from dp_federated_lora.federated import Client
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.factorisation import optimise_bands, optimise_buffers
-from dp_federated_lora.lora import AdaptedModel, Factor, Task, adapt, load_backbone
+from dp_federated_lora.lora import AdaptedModel, Factor, Task, TextClassifier, adapt, load_backbone
 from dp_federated_lora.privacy import (
     AdaptiveClip,
     Budget,
@@ -38,6 +41,9 @@ from dp_federated_lora.privacy import (
     calibrate_noise_multiplier,
 )
 from dp_federated_lora.training import Learner, LocalSteps
+
+LABEL_WEIGHT: Final = 8.0
+"""Length of a head's weights that start from label names: of the order of what training reaches on normalised features."""
 
 
 def privacy_plan(config: Config) -> PrivacyPlan:
@@ -186,6 +192,8 @@ class Workbench:
             last_layers=config.lora.last_layers,
             keep_features=config.training.head_rounds > 0,
         )
+        if config.training.head_start == "labels":
+            model.load({"head.weight": head_of_labels(model, tokenizer, config.data.labels)})
         return cls(config, model, learner, method, tokenizer)
 
     @property
@@ -251,6 +259,20 @@ class Workbench:
         if limit is None or limit >= len(examples):
             return examples
         return examples.subset(range(0, len(examples), -(-len(examples) // limit)))
+
+
+@torch.no_grad()
+def head_of_labels(model: AdaptedModel, tokenizer: Any, labels: Sequence[str]) -> Tensor:
+    """Weights `(classes, h)` of a head that prefers the label whose name is most like the text, by the encoder's features.
+
+    Names are read with their separators as spaces, features are centred over labels. Label names are public, so nothing is
+    charged; a text's features and a name's are those of one encoder, as in zero-shot classification (Yin et al. 2019,
+    arXiv 1909.00161, baseline of label similarity).
+    """
+    classifier = cast(TextClassifier, model.module)
+    batch = tokenizer([re.sub(r"[\W_]+", " ", label).strip() or label for label in labels], padding=True, return_tensors="pt")
+    features = classifier.features(batch["input_ids"], batch["attention_mask"])
+    return LABEL_WEIGHT * (features - features.mean(dim=0))
 
 
 def data_id(clients: list[Client]) -> str:

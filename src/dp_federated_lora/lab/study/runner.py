@@ -52,8 +52,8 @@ def bench_key(config: Config) -> str:
     """What decides model and prepared examples."""
     cores = Factor.CORE in METHODS[config.method.name].factors
     training, run = config.training, config.run
-    parts = (config.model, config.lora, config.data, training.batch_tokens, training.head_rounds > 0, run.seed, run.threads)
-    return repr((cores, parts))
+    head = (training.head_rounds > 0, training.head_start)
+    return repr((cores, head, config.model, config.lora, config.data, training.batch_tokens, run.seed, run.threads))
 
 
 def run_study(cells: Sequence[Cell], folder: Path, *, on_cell: Callable[[Cell, int, int], None] = lambda *_: None) -> None:
