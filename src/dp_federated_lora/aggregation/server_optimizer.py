@@ -71,3 +71,36 @@ class Adam:
         unbiased = first / (1 - self.beta1**steps)
         scale = (second / (1 - self.beta2**steps)).sqrt() + self.epsilon
         return self.learning_rate * unbiased / scale, {"first": first, "second": second, "steps": steps}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Ftrl:
+    r"""Follow the regularised leader, with a regulariser around the start x_0 that grows as sqrt(t) (dual averaging).
+
+    With S_t the sum of the first t means,
+
+        x_t = argmin_x  -<S_t, x> + sqrt(t) / (2 learning_rate) ||x - x_0||^2  =  x_0 + learning_rate S_t / sqrt(t)
+
+    (Nesterov 2009; Xiao 2010). With `momentum`, M_t = momentum M_{t-1} + S_t stands for S_t, as in DP-FTRLM (Kairouz et al. 2021,
+    arXiv 2103.00039). The adapter is a function of t and of sums of releases, and in those noise that is correlated over rounds
+    is small; independent noise in S_t / sqrt(t) does not grow with t.
+
+    A regulariser that stays the same, as in DP-FTRL's Algorithm 1, gives x_t = x_0 + learning_rate M_t, and the steps of that
+    are those of `Sgd` with the same momentum: DP-FTRL itself is `Sgd` under correlated noise.
+    """
+
+    learning_rate: float
+    momentum: float = 0.0
+
+    def init(self, size: int) -> OptimizerState:
+        """Zero sums and step counts."""
+        return {name: torch.zeros(size, dtype=torch.float64) for name in ("total", "leader", "steps")}
+
+    def update(self, mean: Tensor, state: OptimizerState) -> tuple[Tensor, OptimizerState]:
+        """From x_{t-1} to x_t."""
+        total, steps = state["total"] + mean, state["steps"] + 1
+        leader = self.momentum * state["leader"] + total
+        before = state["leader"] / state["steps"].clamp(min=1).sqrt()
+        step = self.learning_rate * (leader / steps.sqrt() - before)
+        return step, {"total": total, "leader": leader, "steps": steps}

@@ -190,8 +190,8 @@ class Config(Section):
         changed = training.local_optimizer != "sgd" or training.local_proximal
         if self.privacy.unit == "example" and (changed or any(value is not None for value in local)):
             problems.append('training.local_*: unit = "example" takes one noised step a round and no local steps; remove them')
-        if training.server_optimizer != "sgd" and training.server_momentum:
-            problems.append('training.server_momentum: belongs to server_optimizer = "sgd"; remove it')
+        if training.server_optimizer not in ("sgd", "ftrl") and training.server_momentum:
+            problems.append('training.server_momentum: belongs to server_optimizer = "sgd" or "ftrl"; remove it')
         if self.method.name == "lalora" and (training.local_steps or 1) < 2:
             problems.append(
                 'method.name: "lalora" trains the factors in turn within a round: set training.local_steps >= 2, or "rolora"'

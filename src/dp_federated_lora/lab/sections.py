@@ -160,7 +160,7 @@ class TrainingSection(Section):
     `local_proximal` is FedProx's mu.
     """
 
-    server_optimizer: Literal["sgd", "adam", "yogi"] = "sgd"
+    server_optimizer: Literal["sgd", "adam", "yogi", "ftrl"] = "sgd"
     server_learning_rate: Positive = 1.0
     server_head_learning_rate: Positive | None = None
     head_rounds: Annotated[int, Field(ge=0)] = 0

@@ -11,7 +11,7 @@ from typing import Any, Final, cast, final
 import torch
 from torch import Tensor
 
-from dp_federated_lora.aggregation import METHODS, Adam, LinearMethod, ServerOptimizer, Sgd
+from dp_federated_lora.aggregation import METHODS, Adam, Ftrl, LinearMethod, ServerOptimizer, Sgd
 from dp_federated_lora.data import (
     Examples,
     Table,
@@ -116,6 +116,8 @@ def participant_names(config: Config) -> list[str]:
 def server_optimizer(config: Config) -> ServerOptimizer:
     """The server optimiser of a configuration."""
     training = config.training
+    if training.server_optimizer == "ftrl":
+        return Ftrl(training.server_learning_rate, training.server_momentum)
     if training.server_optimizer != "sgd":
         return Adam(training.server_learning_rate, yogi=training.server_optimizer == "yogi")
     return Sgd(training.server_learning_rate, training.server_momentum)
