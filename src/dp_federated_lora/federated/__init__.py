@@ -9,9 +9,11 @@ from dp_federated_lora.federated.checkpoint import (
 )
 from dp_federated_lora.federated.client import Client, Purpose, Request, handle, report
 from dp_federated_lora.federated.round import Exchange, RoundReport, Server
+from dp_federated_lora.federated.staleness import Delays
 
 __all__ = (
     "Client",
+    "Delays",
     "Exchange",
     "Purpose",
     "Request",

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dp_federated_lora.errors import CheckpointError
+from dp_federated_lora.federated.staleness import Earlier
 from dp_federated_lora.files import write_durably
 from dp_federated_lora.privacy import SecureRandom
 
@@ -32,7 +33,8 @@ _FORMAT: Final = "dpfl-checkpoint-2"
 class ServerState:
     """State after `round` rounds: all adapter tensors, the server optimiser's, and the next round's clip norm.
 
-    `noise` is what the mechanism keeps for later rounds: a secret, for whoever has it can subtract noise.
+    `noise` is what the mechanism keeps for later rounds: a secret, for whoever has it can subtract noise. `earlier` are trained
+    tensors of rounds before, for those who began then.
     """
 
     round: int
@@ -40,6 +42,11 @@ class ServerState:
     optimizer: Mapping[str, Tensor]
     clip_norm: float
     noise: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    earlier: Earlier = field(default_factory=dict)
+
+    def adapter_before(self, steps: int) -> Mapping[str, Tensor]:
+        """The adapter `steps` server steps ago; tensors that are never trained are the same in all."""
+        return {**self.adapter, **{n: rows[steps - 1] for n, rows in self.earlier.items()}} if steps else self.adapter
 
 
 def write_checkpoint(path: Path, state: ServerState, *, run_id: str, ledger_head: str) -> None:
@@ -51,6 +58,7 @@ def write_checkpoint(path: Path, state: ServerState, *, run_id: str, ledger_head
     tensors = {f"adapter/{n}": t.contiguous() for n, t in state.adapter.items()}
     tensors |= {f"optimizer/{n}": t.contiguous() for n, t in state.optimizer.items()}
     tensors |= {f"noise/{n}": t.contiguous() for n, t in state.noise.items()}
+    tensors |= {f"earlier/{n}": t.contiguous() for n, t in state.earlier.items()}
     tensors["server/clip_norm"] = torch.tensor(state.clip_norm, dtype=torch.float64)
     facts = {
         "format": _FORMAT,
@@ -82,12 +90,13 @@ def read_checkpoint(path: Path, *, run_id: str) -> tuple[ServerState, str]:
             f"the checkpoint {path} belongs to configuration {facts['run_id'][:12]}, this run is {run_id[:12]}: "
             "a run resumes with the configuration and data it was started with"
         )
-    parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}, "server": {}, "noise": {}}
+    parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}, "server": {}, "noise": {}, "earlier": {}}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
         parts[kind][rest] = tensor
     clip_norm = float(parts["server"]["clip_norm"])
-    return ServerState(int(facts["round"]), parts["adapter"], parts["optimizer"], clip_norm, parts["noise"]), facts["ledger_head"]
+    state = ServerState(int(facts["round"]), parts["adapter"], parts["optimizer"], clip_norm, parts["noise"], parts["earlier"])
+    return state, facts["ledger_head"]
 
 
 def checkpoint_head(path: Path) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dp_federated_lora.aggregation import LinearMethod
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import IncompatiblePlan
+from dp_federated_lora.federated.staleness import staleness_weight
 from dp_federated_lora.privacy import BoundedSum, Permit, PrivacyPlan, PrivacyUnit, Released, SecureRandom, Trust, UnitId
 from dp_federated_lora.training import Learner, LocalSteps, example_gradient_sum, example_scores, local_update
 from dp_federated_lora.vector import Layout
@@ -36,6 +37,7 @@ class Request:
         plan_id: `PrivacyPlan.content_id` of the server's plan.
         adapter: global adapter tensors by name.
         clip_norm: C of this round.
+        staleness: server steps that have been taken since `adapter`.
     """
 
     purpose: Purpose
@@ -43,6 +45,12 @@ class Request:
     plan_id: str
     adapter: Mapping[str, Tensor]
     clip_norm: float
+    staleness: int = 0
+
+    @property
+    def weight(self) -> float:
+        """Factor in (0, 1] on the contribution and on its bound; the server's choice, never the client's."""
+        return staleness_weight(self.staleness)
 
 
 @final
@@ -106,6 +114,7 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
             clip_norm=request.clip_norm,
             owner=client.name,
             tier=client.tier,
+            weight=request.weight,
         )
     if client.local is None:
         raise IncompatiblePlan("unit = client trains locally; [training] needs local steps")
@@ -114,7 +123,7 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
     generator = torch.Generator().manual_seed(int(rng.derive("batches").uint64(1)[0] >> 1))
     turns = [learner.model.parameters(factors) for factors in client.method.local_factors(request.round)]
     update = local_update(learner, trained, client.examples, client.local, generator, turns=turns)
-    return plan.clip(update[None], request.clip_norm, [UnitId(client.name)], tier=client.tier)
+    return plan.clip(update[None], request.clip_norm, [UnitId(client.name)], tier=client.tier, weight=request.weight)
 
 
 def report(request: Request, client: Client, learner: Learner, permit: Permit, rng: SecureRandom) -> Released:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Protocol, final
 
 import torch
@@ -13,6 +14,7 @@ from dp_federated_lora.aggregation import HEAD_ALONE, LinearMethod, ServerOptimi
 from dp_federated_lora.errors import BudgetExhausted, PrivacyError
 from dp_federated_lora.federated.checkpoint import ServerState
 from dp_federated_lora.federated.client import Purpose, Request
+from dp_federated_lora.federated.staleness import SYNCHRONOUS, Delays
 from dp_federated_lora.lora import AdaptedModel, Factor
 from dp_federated_lora.privacy import (
     BoundedSum,
@@ -27,6 +29,9 @@ from dp_federated_lora.privacy import (
 )
 from dp_federated_lora.vector import Layout
 
+Requests = Sequence[tuple[Request, Sequence[int]]]
+"""Who is sent what: a request and the positions of its clients, everybody in one of them."""
+
 
 class Exchange(Protocol):
     """Carries a request to clients and their bounded replies back: the only seam between engines."""
@@ -39,7 +44,7 @@ class Exchange(Protocol):
         """Replies of the clients at these positions; a client that drops out is left out."""
 
     def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
-        """Replies of all clients with noise of their own, each for its permit and from its stream (trust = "local")."""
+        """Replies of the clients named in `sites`, with noise of their own for that permit from that stream (trust = "local")."""
 
 
 @final
@@ -90,6 +95,7 @@ class Server:
         layout: layout of all tensors that the method trains; `Factor.of` tells their kinds by name.
         head_scale: factor on the head's steps.
         settled: number of scalars that the server changes and nobody sends.
+        delays: how many server steps participants take to answer.
     """
 
     plan: PrivacyPlan
@@ -98,6 +104,7 @@ class Server:
     layout: Layout
     head_scale: float = 1.0
     settled: int = 0
+    delays: Delays = SYNCHRONOUS
 
     @classmethod
     def of(
@@ -147,17 +154,21 @@ class Server:
         """
         plan, number, clip_norm = self.plan, state.round + 1, state.clip_norm
         layout = self.layout_in(number)
-        request = Request(Purpose.TRAINING, number, plan.content_id, state.adapter, clip_norm)
+        requests = [
+            (Request(Purpose.TRAINING, number, plan.content_id, state.adapter_before(age), clip_norm, age), clients)
+            for age, clients in enumerate(self.delays.groups(exchange.names, state.round))
+        ]
         size, noise = layout.size + plan.extra_coordinates, state.noise
         if plan.trust is Trust.LOCAL:
-            noised = self._reported(request, permit, exchange, key, size=size)
+            noised = self._reported(requests, permit, exchange, key, size=size)
         else:
-            total = self._collected(request, exchange, key, size=size, bound=plan.sensitivity(clip_norm))
+            total = self._collected(requests, exchange, key, size=size, bound=plan.sensitivity(clip_norm))
             released, noise = plan.release(total, noise, permit=permit, rng=key)
             noised = released.value
         mean, extra = torch.tensor_split(noised / plan.divisor, [layout.size])
         adapter, optimizer = self._step(state, mean, layout)
-        following = ServerState(number, adapter, optimizer, plan.clip_norm_after(clip_norm, extra), noise)
+        earlier = self.delays.remember(state.adapter, state.earlier, (name for name, _ in self.layout.entries))
+        following = ServerState(number, adapter, optimizer, plan.clip_norm_after(clip_norm, extra), noise, earlier)
         return following, float(torch.linalg.vector_norm(mean))
 
     def _step(self, state: ServerState, mean: Tensor, layout: Layout) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
@@ -177,25 +188,31 @@ class Server:
     ) -> dict[str, float]:
         """Noised scores of the adapter on participants' held-out data."""
         request = Request(Purpose.EVALUATION, state.round, self.plan.content_id, state.adapter, state.clip_norm)
+        everybody = [(request, range(len(exchange.names)))]
         if self.plan.trust is Trust.LOCAL:
-            return evaluation.metrics(self._reported(request, permit, exchange, key, size=evaluation.SIZE))
-        total = self._collected(request, exchange, key, size=evaluation.SIZE, bound=evaluation.BOUND)
+            return evaluation.metrics(self._reported(everybody, permit, exchange, key, size=evaluation.SIZE))
+        total = self._collected(everybody, exchange, key, size=evaluation.SIZE, bound=evaluation.BOUND)
         released = evaluation.mechanism.release(total, charged=evaluation.event, permit=permit, rng=key)
         return evaluation.metrics(released.value)
 
-    def _collected(self, request: Request, exchange: Exchange, key: SecureRandom, *, size: int, bound: float) -> BoundedSum:
+    def _collected(self, requests: Requests, exchange: Exchange, key: SecureRandom, *, size: int, bound: float) -> BoundedSum:
         """Sum `(size,)` over the cohort, without noise."""
         cohort: Sequence[int] = range(len(exchange.names))  # each client samples, or holds out, its own examples
-        if request.purpose is Purpose.TRAINING and self.plan.unit is PrivacyUnit.CLIENT:
-            cohort = self.plan.draw(cohort, key.derive("cohort"), number=request.round).tolist()
-        return BoundedSum.merge(exchange(request, cohort, key.derive("clients")), size=size, clip_norm=bound)
+        first, _ = requests[0]
+        if first.purpose is Purpose.TRAINING and self.plan.unit is PrivacyUnit.CLIENT:
+            cohort = self.plan.draw(cohort, key.derive("cohort"), number=first.round).tolist()
+        chosen, stream = set(cohort), key.derive("clients")
+        replies = (exchange(request, [client for client in clients if client in chosen], stream) for request, clients in requests)
+        return BoundedSum.merge(chain.from_iterable(replies), size=size, clip_norm=bound)
 
-    def _reported(self, request: Request, permit: Permit, exchange: Exchange, key: SecureRandom, *, size: int) -> Tensor:
+    def _reported(self, requests: Requests, permit: Permit, exchange: Exchange, key: SecureRandom, *, size: int) -> Tensor:
         """Sum `(size,)` of what all participants send with noise of their own (trust = "local")."""
         if len(exchange.names) != self.plan.sites:
             raise PrivacyError(f"{len(exchange.names)} participants, but the plan says {self.plan.sites}; nothing was sent")
         total = torch.zeros(size, dtype=torch.float64)
-        for reply in exchange.reports(request, permit.divide(key, exchange.names)):
+        names, sites = exchange.names, permit.divide(key, exchange.names)
+        replies = (exchange.reports(request, {names[i]: sites[names[i]] for i in clients}) for request, clients in requests)
+        for reply in chain.from_iterable(replies):
             if reply.value.shape != total.shape:
                 raise PrivacyError(f"a report of shape {tuple(reply.value.shape)} cannot enter a sum of {size} coordinates")
             total += reply.value

@@ -32,6 +32,9 @@ MAX_EPSILON: Final = 10.0
 
 LINEAR: Final = ("fedavg", "ffa", "rolora", "lalora", "fedask", "fedsb")
 
+# Methods in which what a client sends means the same whatever round its adapter is of.
+FIXED_COORDINATES: Final = ("fedavg", "ffa", "rolora", "lalora", "fedsb")
+
 # Methods of the literature whose contribution is not a sum: named here so that the refusal can give the reason.
 GATHERED: Final = {
     "flora": "stacks the clients' adapters",
@@ -200,6 +203,22 @@ class Config(Section):
             problems.append(
                 'method.name: "fedask" gives B other coordinates after each round, so no memory of earlier steps fits; use '
                 'server_optimizer = "sgd" without server_momentum'
+            )
+        return problems + (self._staleness_problems() if federation.max_staleness else [])
+
+    def _staleness_problems(self) -> list[str]:
+        problems = []
+        if self.federation.max_staleness >= self.privacy.rounds - 1:
+            problems.append("federation.max_staleness: must be below privacy.rounds - 1, or some only ever see the first adapter")
+        if self.method.name not in FIXED_COORDINATES:
+            problems.append(
+                "federation.max_staleness: what began earlier fits a later adapter only where coordinates mean the same in every "
+                f'round, as they do not under "{self.method.name}"; use one of {", ".join(FIXED_COORDINATES)}'
+            )
+        if self.privacy.shuffler:
+            problems.append(
+                "federation.max_staleness: reports of different age weigh differently, and privacy.shuffler hides a report only "
+                "among others of its kind; remove one of the two"
             )
         return problems
 

@@ -7,13 +7,14 @@ import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
 
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import BudgetExhausted, CheckpointError, ConfigError, RunInterrupted
 from dp_federated_lora.federated import (
+    Delays,
     Exchange,
     Purpose,
     RoundKeyFile,
@@ -142,6 +143,7 @@ class Run:
         server, self._state = Server.of(
             self._bench.model, self._plan, self._bench.method, server_optimizer(config), head_scale=head_scale(config)
         )
+        server = replace(server, delays=Delays(config.federation.max_staleness, config.run.seed))
         self._exchange, self._server = instrument(Simulator(clients, self._bench.learner), server)
         self._ledger = Ledger.open(directory.ledger, budget=self._plan.budget, owner=OWNER)
         self._lifetime = LifetimeBudgets.open(config)
@@ -306,6 +308,7 @@ class Run:
                 TRAINED_SHARE: f"{self._bench.trainable_fraction:.3%}",
                 "Method": config.method.name,
                 "Participants": f"{config.federation.clients:,} ({config.federation.partition})",
+                **({"Delay of participants": f"0 to {delay} server steps"} if (delay := config.federation.max_staleness) else {}),
                 "Noise multiplier": f"{plan.mechanism.noise_multiplier:.4f}",
                 "Noise added by": f"each of {plan.sites:,} participants" if plan.trust is Trust.LOCAL else "the server",
                 "Sampling rate": f"{plan.sampler.sampling_rate:g}",

@@ -75,13 +75,15 @@ class FederationSection(Section):
     """[federation]: how one table becomes participants in a simulation.
 
     `partition` is "iid", "dirichlet" (label proportions ~ Dirichlet(`alpha`)) or "column" (one client per distinct value of
-    `columns`, joined); `clients` is public.
+    `columns`, joined); `clients` is public. With `max_staleness` rounds are asynchronous: a participant works on an adapter 0
+    to so many server steps old, by a public draw from its name and `run.seed`; the older, the less its contribution weighs.
     """
 
     clients: Count
     partition: Literal["iid", "dirichlet", "column"] = "iid"
     alpha: Positive = 0.3
     columns: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    max_staleness: Annotated[int, Field(ge=0)] = 0
 
 
 class GroupSection(Section):

@@ -110,13 +110,15 @@ class AdaptiveClip:
         """K, the L2 norm of vector and bit together."""
         return clip_norm / math.sqrt(1.0 - self.share(noise_multiplier) ** 2)
 
-    def clip(self, rows: Tensor, clip_norm: float, noise_multiplier: float, units: Sequence[UnitId]) -> BoundedSum:
-        """Sum over units of clipped rows `(B, d)` and their bits, `(d + 1,)`; a non-finite row gives neither."""
+    def clip(
+        self, rows: Tensor, clip_norm: float, noise_multiplier: float, units: Sequence[UnitId], *, weight: float = 1.0
+    ) -> BoundedSum:
+        """Sum over units of `weight` times clipped rows `(B, d)`, and their bits, `(d + 1,)`; a non-finite row gives neither."""
         bound = self.sensitivity(clip_norm, noise_multiplier)
         half_bit = bound * self.share(noise_multiplier)
         norms = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.float64)
         within = norms <= clip_norm
-        clipped = rows.detach().to(torch.float64) * torch.where(within, 1.0, clip_norm / norms)[:, None]
+        clipped = rows.detach().to(torch.float64) * (weight * torch.where(within, 1.0, clip_norm / norms))[:, None]
         bits = torch.where(within, half_bit, -half_bit)[:, None]
         joined = torch.cat([clipped, bits], dim=1)
         return clip_examples(torch.where(torch.isfinite(norms)[:, None], joined, 0.0), bound, units)

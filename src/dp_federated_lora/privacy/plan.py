@@ -16,7 +16,7 @@ from dp_accounting import NoOpDpEvent
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dp_federated_lora.errors import IncompatiblePlan
+from dp_federated_lora.errors import IncompatiblePlan, PrivacyError
 from dp_federated_lora.privacy.accounting import Composition, DpEvent, calibrate_noise_multiplier
 from dp_federated_lora.privacy.bounded import BoundedSum, Released, UnitId
 from dp_federated_lora.privacy.clipping import AdaptiveClip, clip_examples
@@ -299,12 +299,17 @@ class PrivacyPlan:
         z = self.mechanism.noise_multiplier
         return clip_norm if self.adaptive_clip is None else self.adaptive_clip.sensitivity(clip_norm, z)
 
-    def clip(self, rows: Tensor, clip_norm: float, units: Sequence[UnitId], *, tier: int = 0) -> BoundedSum:
-        """Sum of the contributions of distinct units of one tier, rows `(B, d)`, each bounded by `sensitivity(clip_norm)`."""
+    def clip(self, rows: Tensor, clip_norm: float, units: Sequence[UnitId], *, tier: int = 0, weight: float = 1.0) -> BoundedSum:
+        """Sum of the contributions of distinct units of one tier, rows `(B, d)`, each bounded by `sensitivity(clip_norm)`.
+
+        A public `weight` in (0, 1] scales a row and its bound alike, so it adds up as weight times the clipped row.
+        """
+        if not 0.0 < weight <= 1.0:
+            raise PrivacyError(f"a weight lies in (0, 1], or a unit would count for more than was charged; got {weight}")
         if self.adaptive_clip is None:
             share = self.tiers[tier].clip_share if self.tiers else 1.0
-            return clip_examples(rows, clip_norm, units, share=share)
-        return self.adaptive_clip.clip(rows, clip_norm, self.mechanism.noise_multiplier, units)
+            return clip_examples(rows * weight, clip_norm, units, share=share * weight)
+        return self.adaptive_clip.clip(rows, clip_norm, self.mechanism.noise_multiplier, units, weight=weight)
 
     def clip_norm_after(self, clip_norm: float, extra: Tensor) -> float:
         """The next round's clip norm, from the released mean of the extra coordinates."""

@@ -46,6 +46,6 @@ class Simulator:
         A client's permit and stream are made of the round's, so that a killed round is re-created; they stand for an entry in
         the client's own ledger and for entropy of its own machine.
         """
-        for client in self._clients:
+        for client in (client for client in self._clients if client.name in sites):
             permit, rng = sites[client.name]
             yield report(request, client, self._learner, permit, rng)

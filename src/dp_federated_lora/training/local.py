@@ -94,6 +94,7 @@ def example_gradient_sum(
     clip_norm: float,
     owner: str,
     tier: int = 0,
+    weight: float = 1.0,
 ) -> BoundedSum:
     """Sum over `chosen` examples of NEGATIVE gradients, each clipped as the plan says: a step, like a local update.
 
@@ -106,11 +107,13 @@ def example_gradient_sum(
         clip_norm: C of this round.
         owner: the client's name, so that its units differ from everyone else's.
         tier: the group of budgets of the client.
+        weight: of the client's contribution, as `PrivacyPlan.clip`.
     """
     size = Layout.of(trained).size + plan.extra_coordinates
     sums = []
     with ExampleGradients(learner.model.module, trained) as gradients:
         for batch in learner.batches(examples, chosen):
             units = [UnitId(f"{owner}/{examples.units[i]}") for i in batch]
-            sums.append(plan.clip(gradients.rows(-learner.losses(examples, batch)), clip_norm, units, tier=tier))
+            rows = gradients.rows(-learner.losses(examples, batch))
+            sums.append(plan.clip(rows, clip_norm, units, tier=tier, weight=weight))
     return BoundedSum.merge(sums, size=size, clip_norm=plan.sensitivity(clip_norm))
