@@ -17,7 +17,7 @@ from dp_federated_lora import evaluate, train
 from dp_federated_lora.aggregation import METHODS, Adam
 from dp_federated_lora.aggregation.lora.fedask import split_anew
 from dp_federated_lora.data import Examples
-from dp_federated_lora.lab.config import LINEAR, parse_config
+from dp_federated_lora.lab.config import GATHERED, LINEAR, parse_config
 from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.lora import Factor
 from dp_federated_lora.training import LocalSteps, local_update
@@ -30,8 +30,15 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def bench_of(raw: Raw, method: str) -> tuple[Workbench, Examples]:
+def named(raw: Raw, method: str) -> None:
+    """Name the method, and set what it cannot do without."""
     raw["method"] = {"name": method}
+    if method in GATHERED:
+        raw["privacy"] |= {"trust": "local", "sampling_rate": 1.0}
+
+
+def bench_of(raw: Raw, method: str) -> tuple[Workbench, Examples]:
+    named(raw, method)
     bench = Workbench.of(parse_config(raw, where="test"))
     examples = bench.test_examples()
     assert examples is not None
@@ -39,7 +46,8 @@ def bench_of(raw: Raw, method: str) -> tuple[Workbench, Examples]:
 
 
 def test_the_configuration_names_every_method():
-    assert set(LINEAR) == set(METHODS)
+    assert {*LINEAR, *GATHERED} == set(METHODS)
+    assert {name for name, method in METHODS.items() if method.gather} == set(GATHERED)
 
 
 def test_averaging_both_factors_errs_by_their_covariance_and_one_frozen_factor_errs_by_nothing():
@@ -167,8 +175,9 @@ def test_a_core_keeps_its_norm_between_the_base_weights_singular_vectors(raw_con
     assert torch.allclose(b.T @ base @ a.T, torch.linalg.svdvals(base)[:2].diag(), atol=1e-5)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-@pytest.mark.parametrize("unit", ["example", "client"])
+@pytest.mark.parametrize(
+    ("unit", "method"), [*(("example", m) for m in sorted(LINEAR)), *(("client", m) for m in sorted(METHODS))]
+)
 def test_every_method_trains_and_its_adapter_computes_the_same_for_whoever_loads_it(
     request: pytest.FixtureRequest, tiny_model: Path, method: str, unit: str
 ):
@@ -176,7 +185,7 @@ def test_every_method_trains_and_its_adapter_computes_the_same_for_whoever_loads
     from transformers import AutoModel
 
     raw: Raw = request.getfixturevalue("raw_config" if unit == "example" else "client_config")
-    raw["method"] = {"name": method}
+    named(raw, method)
     if (method, unit) == ("lalora", "example"):
         with pytest.raises(Exception, match="rolora"):
             parse_config(raw, where="test")
@@ -188,6 +197,9 @@ def test_every_method_trains_and_its_adapter_computes_the_same_for_whoever_loads
     saved = load_file(result.path / "adapter" / "adapter_model.safetensors")
     assert {Factor.of(name) for name in saved} == {A, B}
     assert all(tensor.any() for tensor in saved.values())
+    ranks = {len(tensor) for name, tensor in saved.items() if Factor.of(name) is A}
+    merged = {"flora": 4 * 2, "fedex": 3 * 2}.get(method, 0) * (result.rounds - 1)  # components of four participants of rank 2
+    assert all(2 + min(merged, 1) <= rank <= 2 + merged for rank in ranks)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
         plain = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_model), result.path / "adapter")
@@ -195,9 +207,11 @@ def test_every_method_trains_and_its_adapter_computes_the_same_for_whoever_loads
     bench.model.load_saved(result.path / "adapter")
     ids, mask = torch.arange(1, 9)[None], torch.ones(1, 8, dtype=torch.int64)
     with torch.no_grad():
+        base = AutoModel.from_pretrained(tiny_model)(input_ids=ids, attention_mask=mask).last_hidden_state
         ours = bench.model.module.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
         theirs = plain.eval()(input_ids=ids, attention_mask=mask).last_hidden_state
     assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(base, theirs, atol=1e-3)
 
 
 def test_optimiser_state_of_what_is_not_sent_stays_as_it_is(raw_config: Raw):
@@ -220,6 +234,8 @@ def test_bytes_count_what_goes_down_and_up(raw_config: Raw):
     head, factor = 3 * 32 + 3, 4 * 2 * 32
     expected = {"fedavg": 2 * (head + 2 * factor), "ffa": 2 * (head + factor), "fedask": 2 * (head + factor) + factor}
     expected |= {"rolora": 2 * (head + factor), "fedsb": 2 * (head + 4 * 4)}
+    expected |= dict.fromkeys(("flexlora", "hetlora"), expected["fedavg"])
+    expected |= dict.fromkeys(("flora", "fedex"), expected["fedavg"] + 4 * 32 * 32)  # down: what went into the frozen weights
     for method, scalars in expected.items():
         bench, _ = bench_of(raw_config, method)
         server, _ = Server.of(bench.model, privacy_plan(bench.config), bench.method, Adam(0.1))

@@ -1,6 +1,21 @@
 """How clients' contributions become the next global adapter."""
 
+from dp_federated_lora.aggregation.lora.factors import components, truncated
+from dp_federated_lora.aggregation.lora.gathered import Gather
 from dp_federated_lora.aggregation.lora.methods import FEDAVG, FFA, HEAD_ALONE, METHODS, LinearMethod
 from dp_federated_lora.aggregation.server_optimizer import Adam, Ftrl, ServerOptimizer, Sgd
 
-__all__ = ("FEDAVG", "FFA", "HEAD_ALONE", "METHODS", "Adam", "Ftrl", "LinearMethod", "ServerOptimizer", "Sgd")
+__all__ = (
+    "FEDAVG",
+    "FFA",
+    "HEAD_ALONE",
+    "METHODS",
+    "Adam",
+    "Ftrl",
+    "Gather",
+    "LinearMethod",
+    "ServerOptimizer",
+    "Sgd",
+    "components",
+    "truncated",
+)

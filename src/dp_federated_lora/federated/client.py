@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import final
 
 import torch
 from torch import Tensor
 
-from dp_federated_lora.aggregation import LinearMethod
+from dp_federated_lora.aggregation import HEAD_ALONE, LinearMethod, components, truncated
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import IncompatiblePlan
 from dp_federated_lora.federated.staleness import staleness_weight
@@ -66,6 +66,7 @@ class Client:
         local: local steps (client unit); None for the example unit.
         held_out: private examples that are never trained on, for evaluation.
         tier: which of the plan's groups of budgets it belongs to.
+        rank: how many components of each pair it gets, trains and sends, a public fact; None for all.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Client:
     local: LocalSteps | None
     held_out: Examples
     tier: int = 0
+    rank: int | None = None
 
 
 def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom) -> BoundedSum:
@@ -83,6 +85,7 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
     Client unit: local steps, then the whole update is clipped. Example unit: the client tosses a secret coin for
     each of its examples and sums their clipped gradients; an empty sample gives the zero sum, like any other. Under
     trust = "local" nobody else may learn whether a client takes part, so in the client unit, too, the coin is its own.
+    Of the components beyond its rank a client has zeros; they have no gradient, and its contribution is zero there.
 
     Args:
         request: from the server.
@@ -99,7 +102,11 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
             f"{client.name} agreed to plan {plan.content_id[:12]}, the request of round {request.round} follows "
             f"{request.plan_id[:12]}: refused, nothing was computed"
         )
-    learner.model.load(request.adapter)
+    adapter = request.adapter
+    # Rounds of the head alone send no factors, and the features kept for them are those of the whole adapter.
+    if client.rank is not None and client.method.factors_in(request.round) != HEAD_ALONE:
+        adapter = truncated(adapter, client.rank)
+    learner.model.load(adapter)
     if request.purpose is Purpose.EVALUATION:
         return _scores(client, learner)
     trained = learner.model.train_only(client.method.factors_in(request.round))
@@ -127,7 +134,7 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
 
 
 def report(request: Request, client: Client, learner: Learner, permit: Permit, rng: SecureRandom) -> Released:
-    """What a client sends under trust = "local": its contribution with noise of the full size, its own.
+    """What a client sends under trust = "local": its contribution with noise of the full size, its own, up to its rank.
 
     Args:
         request: from the server.
@@ -143,7 +150,11 @@ def report(request: Request, client: Client, learner: Learner, permit: Permit, r
     evaluation = client.plan.evaluation if request.purpose is Purpose.EVALUATION else None
     if evaluation is not None:
         return evaluation.mechanism.release(total, charged=evaluation.event, permit=permit, rng=rng)
-    return client.plan.release(total, {}, permit=permit, rng=rng)[0]
+    released = client.plan.release(total, {}, permit=permit, rng=rng)[0]
+    if client.rank is None:
+        return released
+    sent = components(Layout.of(learner.model.parameters(client.method.factors_in(request.round))), client.rank)
+    return replace(released, value=released.value * sent)
 
 
 def _scores(client: Client, learner: Learner) -> BoundedSum:

@@ -10,8 +10,8 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
-from dp_federated_lora.aggregation import HEAD_ALONE, LinearMethod, ServerOptimizer
-from dp_federated_lora.errors import BudgetExhausted, PrivacyError
+from dp_federated_lora.aggregation import HEAD_ALONE, Gather, LinearMethod, ServerOptimizer, components, truncated
+from dp_federated_lora.errors import BudgetExhausted, IncompatiblePlan, PrivacyError
 from dp_federated_lora.federated.checkpoint import ServerState
 from dp_federated_lora.federated.client import Purpose, Request
 from dp_federated_lora.federated.staleness import SYNCHRONOUS, Delays
@@ -44,7 +44,7 @@ class Exchange(Protocol):
         """Replies of the clients at these positions; a client that drops out is left out."""
 
     def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
-        """Replies of the clients named in `sites`, with noise of their own for that permit from that stream (trust = "local")."""
+        """Replies of the clients named in `sites`, in that order, with noise of their own for that permit from that stream."""
 
 
 @final
@@ -62,7 +62,7 @@ class RoundReport:
         update_norm: L2 norm of the released mean update.
         noise_norm: expected L2 norm of the noise in it, a public number.
         clip_norm: bound of one unit's contribution; it follows from public facts and released values.
-        bytes_per_client: adapter bytes to a client and back.
+        bytes_per_client: adapter bytes to a client and back, for the largest rank.
         public_metrics: quality on declared-public test data; empty in most rounds.
         private_metrics: noised quality on participants' held-out data, charged; empty in most rounds.
     """
@@ -96,6 +96,8 @@ class Server:
         head_scale: factor on the head's steps.
         settled: number of scalars that the server changes and nobody sends.
         delays: how many server steps participants take to answer.
+        ranks: of all participants, in order; empty where all have the adapter's.
+        seed: public randomness of a method that draws factors anew.
     """
 
     plan: PrivacyPlan
@@ -105,15 +107,34 @@ class Server:
     head_scale: float = 1.0
     settled: int = 0
     delays: Delays = SYNCHRONOUS
+    ranks: tuple[int, ...] = ()
+    seed: int = 0
 
     @classmethod
     def of(
-        cls, model: AdaptedModel, plan: PrivacyPlan, method: LinearMethod, optimizer: ServerOptimizer, *, head_scale: float = 1.0
+        cls,
+        model: AdaptedModel,
+        plan: PrivacyPlan,
+        method: LinearMethod,
+        optimizer: ServerOptimizer,
+        *,
+        head_scale: float = 1.0,
+        ranks: Sequence[int] = (),
+        seed: int = 0,
     ) -> tuple[Server, ServerState]:
-        """A server for `model`, and its state before the first round; the head's steps are `head_scale` times as long."""
+        """A server for `model`, and its state before the first round; the arguments are those of the class."""
         layout = Layout.of(model.parameters(method.factors))
         settled = sum(p.numel() for n, p in model.parameters(method.settles).items() if n not in layout)
-        server = cls(plan=plan, method=method, optimizer=optimizer, layout=layout, head_scale=head_scale, settled=settled)
+        server = cls(
+            plan=plan,
+            method=method,
+            optimizer=optimizer,
+            layout=layout,
+            head_scale=head_scale,
+            settled=settled,
+            ranks=tuple(ranks),
+            seed=seed,
+        )
         noise = plan.start_noise(layout.size)
         return server, ServerState(0, model.state(), optimizer.init(layout.size), plan.clip_norm, noise)
 
@@ -127,8 +148,17 @@ class Server:
         sent, everywhere = self.layout_in(number), torch.arange(self.layout.size)
         return torch.cat([everywhere[part] for name, _, part in self.layout.slices() if name in sent])
 
+    def noise_norm(self, number: int, clip_norm: float) -> float:
+        """Expected L2 norm of the noise in the released mean of round `number`; public."""
+        layout = self.layout_in(number)
+        size: float = layout.size
+        # Where participants add noise they send it, too, for their own components only; one noise on the sum is on all.
+        if self.ranks and self.plan.trust is Trust.LOCAL:
+            size = sum(int(components(layout, rank).sum()) for rank in self.ranks) / len(self.ranks)
+        return self.plan.noise_norm(size, clip_norm, number=number)
+
     def bytes_per_client(self, number: int) -> int:
-        """Float32 bytes to a client, of what such a round changes, and back, of what it trains."""
+        """Float32 bytes to a client of the largest rank, of what such a round changes, and back, of what it trains."""
         alone = self.method.factors_in(number) == HEAD_ALONE
         return 4 * (2 * self.layout_in(number).size + (0 if alone else self.settled))
 
@@ -159,6 +189,9 @@ class Server:
             for age, clients in enumerate(self.delays.groups(exchange.names, state.round))
         ]
         size, noise = layout.size + plan.extra_coordinates, state.noise
+        gather = self.method.gather
+        if gather is not None and self.method.factors_in(number) != HEAD_ALONE:
+            return self._gathered(gather, state, self._reports(requests, permit, exchange, key, size=size), layout)
         if plan.trust is Trust.LOCAL:
             noised = self._reported(requests, permit, exchange, key, size=size)
         else:
@@ -170,6 +203,30 @@ class Server:
         earlier = self.delays.remember(state.adapter, state.earlier, (name for name, _ in self.layout.entries))
         following = ServerState(number, adapter, optimizer, plan.clip_norm_after(clip_norm, extra), noise, earlier)
         return following, float(torch.linalg.vector_norm(mean))
+
+    def _gathered(
+        self, gather: Gather, state: ServerState, reports: Iterator[Tensor], layout: Layout
+    ) -> tuple[ServerState, float]:
+        """As `run_round`, of the participants' noised changes `(d,)` one by one.
+
+        A participant's adapter is the global one up to its rank, after a step by its own change: scaled so that the mean of all
+        changes is the one that their sum would have given.
+        """
+        number, plan = state.round + 1, self.plan
+        if plan.trust is not Trust.LOCAL:
+            raise IncompatiblePlan(
+                f"{self.method.name} combines the adapters of single participants, which noise on their sum does not protect: it "
+                'needs a plan with trust = "local"'
+            )
+        adapters, total = [], torch.zeros(layout.size, dtype=torch.float64)
+        for position, report in enumerate(reports):
+            start = replace(state, adapter=truncated(state.adapter, self.ranks[position])) if self.ranks else state
+            adapters.append(self._step(start, report * (plan.sites / plan.divisor), layout)[0])
+            total += report
+        if len(adapters) != plan.sites:
+            raise PrivacyError(f"{len(adapters)} reports of {plan.sites}: {self.method.name} combines those of all participants")
+        adapter = gather(state.adapter, adapters, self.seed + number)
+        return replace(state, round=number, adapter=adapter), float(torch.linalg.vector_norm(total / plan.divisor))
 
     def _step(self, state: ServerState, mean: Tensor, layout: Layout) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """The next adapter and optimiser state, given the released mean of the tensors of `layout`."""
@@ -207,16 +264,23 @@ class Server:
 
     def _reported(self, requests: Requests, permit: Permit, exchange: Exchange, key: SecureRandom, *, size: int) -> Tensor:
         """Sum `(size,)` of what all participants send with noise of their own (trust = "local")."""
+        total = torch.zeros(size, dtype=torch.float64)
+        for report in self._reports(requests, permit, exchange, key, size=size):
+            total += report
+        return total
+
+    def _reports(
+        self, requests: Requests, permit: Permit, exchange: Exchange, key: SecureRandom, *, size: int
+    ) -> Iterator[Tensor]:
+        """What the participants send, `(size,)` each, request by request and in their order."""
         if len(exchange.names) != self.plan.sites:
             raise PrivacyError(f"{len(exchange.names)} participants, but the plan says {self.plan.sites}; nothing was sent")
-        total = torch.zeros(size, dtype=torch.float64)
         names, sites = exchange.names, permit.divide(key, exchange.names)
         replies = (exchange.reports(request, {names[i]: sites[names[i]] for i in clients}) for request, clients in requests)
         for reply in chain.from_iterable(replies):
-            if reply.value.shape != total.shape:
+            if reply.value.shape != (size,):
                 raise PrivacyError(f"a report of shape {tuple(reply.value.shape)} cannot enter a sum of {size} coordinates")
-            total += reply.value
-        return total
+            yield reply.value
 
     def report(
         self, state: ServerState, ledger: Ledger, *, update_norm: float, clip_norm: float, scores: Mapping[str, float]
@@ -229,7 +293,7 @@ class Server:
             epsilon=spend.epsilon,
             delta=spend.delta,
             update_norm=update_norm,
-            noise_norm=self.plan.noise_norm(self.layout_in(state.round).size, clip_norm, number=state.round),
+            noise_norm=self.noise_norm(state.round, clip_norm),
             clip_norm=clip_norm,
             bytes_per_client=self.bytes_per_client(state.round),
             public_metrics={},

@@ -35,7 +35,7 @@ LINEAR: Final = ("fedavg", "ffa", "rolora", "lalora", "fedask", "fedsb")
 # Methods in which what a client sends means the same whatever round its adapter is of.
 FIXED_COORDINATES: Final = ("fedavg", "ffa", "rolora", "lalora", "fedsb")
 
-# Methods of the literature whose contribution is not a sum: named here so that the refusal can give the reason.
+# Methods that combine whole adapters, and what for: the refusal under trust = "central" gives the reason.
 GATHERED: Final = {
     "flora": "stacks the clients' adapters",
     "flexlora": "multiplies each client's factors before summing",
@@ -99,13 +99,24 @@ class Config(Section):
                 problems.append("evaluation.every: is larger than privacy.rounds, so nothing would ever be scored")
         problems += self._group_problems() if privacy.groups else []
         problems += self._correlation_problems(privacy.correlated) if privacy.correlated else []
-        if self.method.name in GATHERED:
+        problems += self._gathered_problems(GATHERED[self.method.name]) if self.method.name in GATHERED else []
+        if self.method.name not in (*LINEAR, *GATHERED):
+            known = ", ".join((*LINEAR, *GATHERED))
+            problems.append(f"method.name: unknown method {self.method.name!r}; use one of {known}")
+        return problems
+
+    def _gathered_problems(self, reason: str) -> list[str]:
+        privacy, problems = self.privacy, []
+        if privacy.trust == "central":
             problems.append(
-                f"method.name: {self.method.name} {GATHERED[self.method.name]}, so its contribution is no sum and central noise "
-                'cannot protect it; use "ffa" or "fedavg"'
+                f"method.name: {self.method.name} {reason}, so its contribution is no sum, which central noise and secure "
+                'aggregation protect alone; use trust = "local", where every participant noises its own, or "ffa" or "fedavg"'
             )
-        elif self.method.name not in LINEAR:
-            problems.append(f"method.name: unknown method {self.method.name!r}; use one of {', '.join(LINEAR)}")
+        if privacy.unit == "client" and privacy.sampling_rate < 1.0:
+            problems.append(
+                f"privacy.sampling_rate: {self.method.name} combines the adapters of all participants, and one whose coin says "
+                "no has none; set it to 1.0"
+            )
         return problems
 
     def _correlation_problems(self, section: CorrelatedSection) -> list[str]:
@@ -182,11 +193,16 @@ class Config(Section):
                 "norm would follow that noise; remove it"
             )
         private = self.privacy
-        if private.shuffler and (private.trust != "local" or private.unit != "client" or private.groups or self.evaluation):
+        kinds = private.groups or federation.ranks or self.evaluation
+        if private.shuffler and (private.trust != "local" or private.unit != "client" or kinds):
             problems.append(
                 'privacy.shuffler: hides a report among others that could be its own: with trust = "local" and unit = "client", '
-                "all of one kind, so without privacy.groups and [evaluation]; change those or remove it"
+                "all of one kind, so without privacy.groups, federation.ranks and [evaluation]; change those or remove it"
             )
+        if federation.ranks and sum(group.clients for group in federation.ranks) != federation.clients:
+            problems.append("federation.ranks: their clients must add up to federation.clients; every participant has one rank")
+        if federation.ranks and max(group.rank for group in federation.ranks) != self.lora.rank:
+            problems.append("federation.ranks: the largest must be lora.rank, the rank of the global adapter")
         local = [training.local_steps, training.local_batch_size, training.local_learning_rate]
         if self.privacy.unit == "client" and None in local:
             problems.append('training.local_steps, local_batch_size, local_learning_rate: unit = "client" needs all three')
@@ -199,10 +215,10 @@ class Config(Section):
             problems.append(
                 'method.name: "lalora" trains the factors in turn within a round: set training.local_steps >= 2, or "rolora"'
             )
-        if self.method.name == "fedask" and (training.server_optimizer != "sgd" or training.server_momentum):
+        if self.method.name in ("fedask", *GATHERED) and (training.server_optimizer != "sgd" or training.server_momentum):
             problems.append(
-                'method.name: "fedask" gives B other coordinates after each round, so no memory of earlier steps fits; use '
-                'server_optimizer = "sgd" without server_momentum'
+                f'method.name: "{self.method.name}" gives factors other coordinates after each round, so no memory of earlier '
+                'steps fits; use server_optimizer = "sgd" without server_momentum'
             )
         return problems + (self._staleness_problems() if federation.max_staleness else [])
 

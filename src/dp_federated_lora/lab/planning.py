@@ -8,7 +8,7 @@ from typing import Any, final
 from dp_federated_lora.federated import Server
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.shuffling import shuffled_gaussian_epsilon
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan, server_optimizer, unit_notes
+from dp_federated_lora.lab.workbench import Workbench, participant_ranks, privacy_plan, server_optimizer, unit_notes
 from dp_federated_lora.privacy import PrivacyPlan, Spend, StatementRow, state_privacy
 
 
@@ -99,7 +99,7 @@ def plan_run(config: Config) -> RunPlan:
     """Plan a run: calibrate noise and count what is trained. Loads the model, touches no training data."""
     bench = Workbench.of(config)
     plan = privacy_plan(config)
-    server, _ = Server.of(bench.model, plan, bench.method, server_optimizer(config))
+    server, _ = Server.of(bench.model, plan, bench.method, server_optimizer(config), ranks=participant_ranks(config))
     whole = Spend(plan.epsilon_after(plan.rounds), plan.budget.delta, plan.rounds, plan.rounds)
     statement = statement_at(config, plan, whole)
     return RunPlan(
@@ -107,6 +107,6 @@ def plan_run(config: Config) -> RunPlan:
         trainable_parameters=server.layout.size,
         trainable_fraction=bench.trainable_fraction,
         bytes_per_client_round=server.bytes_per_client(plan.rounds),
-        noise_norm=plan.noise_norm(server.layout_in(plan.rounds).size, plan.clip_norm),
+        noise_norm=server.noise_norm(plan.rounds, plan.clip_norm),
         statement=statement,
     )

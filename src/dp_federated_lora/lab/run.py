@@ -29,7 +29,15 @@ from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.ledgers import LifetimeBudgets
 from dp_federated_lora.lab.planning import participation_in_words, participation_json, statement_at, statement_json
 from dp_federated_lora.lab.stopping import reason_to_stop
-from dp_federated_lora.lab.workbench import Workbench, data_id, head_scale, participant_tiers, privacy_plan, server_optimizer
+from dp_federated_lora.lab.workbench import (
+    Workbench,
+    data_id,
+    head_scale,
+    participant_ranks,
+    participant_tiers,
+    privacy_plan,
+    server_optimizer,
+)
 from dp_federated_lora.monitoring.log import open_log
 from dp_federated_lora.monitoring.metrics import MetricsFile, read_metrics
 from dp_federated_lora.monitoring.report import TRAINED_SHARE, AuditFigures, render_report
@@ -141,7 +149,13 @@ class Run:
         sets = [examples for client in clients for examples in (client.examples, client.held_out)]
         self._prepare(sets if self._probe is None else [*sets, self._probe])
         server, self._state = Server.of(
-            self._bench.model, self._plan, self._bench.method, server_optimizer(config), head_scale=head_scale(config)
+            self._bench.model,
+            self._plan,
+            self._bench.method,
+            server_optimizer(config),
+            head_scale=head_scale(config),
+            ranks=participant_ranks(config),
+            seed=config.run.seed,
         )
         server = replace(server, delays=Delays(config.federation.max_staleness, config.run.seed))
         self._exchange, self._server = instrument(Simulator(clients, self._bench.learner), server)

@@ -71,12 +71,21 @@ class DataSection(Section):
     labels: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
 
+class RankSection(Section):
+    """[[federation.ranks]]: participants with a rank of their own, in the order of participants; it follows from public facts."""
+
+    clients: Count
+    rank: Count
+
+
 class FederationSection(Section):
     """[federation]: how one table becomes participants in a simulation.
 
     `partition` is "iid", "dirichlet" (label proportions ~ Dirichlet(`alpha`)) or "column" (one client per distinct value of
     `columns`, joined); `clients` is public. With `max_staleness` rounds are asynchronous: a participant works on an adapter 0
     to so many server steps old, by a public draw from its name and `run.seed`; the older, the less its contribution weighs.
+    `columns`, joined); `clients` is public. `ranks` are for participants of little memory or bandwidth, who get, train and send
+    the first components of each pair only; the largest is lora.rank.
     """
 
     clients: Count
@@ -84,6 +93,7 @@ class FederationSection(Section):
     alpha: Positive = 0.3
     columns: Annotated[tuple[str, ...], Field(strict=False)] = ()
     max_staleness: Annotated[int, Field(ge=0)] = 0
+    ranks: Annotated[tuple[RankSection, ...], Field(strict=False)] = ()
 
 
 class GroupSection(Section):
@@ -146,6 +156,7 @@ class MethodSection(Section):
 
     "ffa" trains B and the head over a frozen A, "fedavg" both factors, "rolora" one of them in each round, "lalora" one in each
     local step; "fedask" is ffa with B A split anew after each round; "fedsb" trains an r x r core between fixed factors.
+    "flora", "fedex", "flexlora" and "hetlora" combine participants' whole adapters, under trust = "local" alone.
     """
 
     name: str = "ffa"

@@ -72,6 +72,11 @@ def participant_tiers(config: Config) -> list[int]:
     return [number for number, group in enumerate(groups) for _ in range(group.clients)] or [0] * config.federation.clients
 
 
+def participant_ranks(config: Config) -> list[int]:
+    """The rank of each simulated participant; public; empty where all have lora.rank."""
+    return [group.rank for group in config.federation.ranks for _ in range(group.clients)]
+
+
 def _private_evaluation(config: Config) -> PrivateEvaluation | None:
     section, privacy = config.evaluation, config.privacy
     if section is None:
@@ -185,6 +190,7 @@ class Workbench:
             last_layers=config.lora.last_layers,
             seed=config.run.seed,
             cores=Factor.CORE in method.factors,
+            increments=Factor.INCREMENT in method.settles,
         )
         tokenizer: Any = load_tokenizer(path)
         learner = Learner(
@@ -239,7 +245,7 @@ class Workbench:
         else:
             parts = iid(len(table), federation.clients, self.config.run.seed)
         clients = []
-        tiers = participant_tiers(self.config)
+        tiers, ranks = participant_tiers(self.config), participant_ranks(self.config)
         for number, (name, part) in enumerate(zip(participant_names(self.config), parts, strict=True)):
             examples, evaluation = self.tokenize(_rows(table, part)), self.config.evaluation
             # Not all from 0: where units take turns by number, those of small participants would all have the same ones.
@@ -247,8 +253,8 @@ class Workbench:
             rest, held_out = examples, examples.subset(())
             if evaluation is not None:
                 rest, held_out = examples.split(evaluation.holdout, self.config.run.seed)
-            local = local_steps(self.config)
-            clients.append(Client(name, rest, plan, self.method, local, held_out, tiers[number]))
+            local, rank = local_steps(self.config), ranks[number] if ranks else None
+            clients.append(Client(name, rest, plan, self.method, local, held_out, tiers[number], rank))
         return clients
 
     def test_examples(self, source: str | None = None, *, limit: int | None = None) -> Examples | None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dp_federated_lora.errors import ModelError
 from dp_federated_lora.lora.cores import cores_of, insert_cores, without_cores
+from dp_federated_lora.lora.increments import INCREMENT, as_components, from_components, insert_increments
 from dp_federated_lora.lora.models import Pooling, Task, TextClassifier
 
 
@@ -30,6 +31,7 @@ class Factor(Enum):
     B = "lora_B"
     CORE = "core"
     HEAD = "head"
+    INCREMENT = INCREMENT
 
     @classmethod
     def of(cls, name: str) -> Factor | None:
@@ -37,6 +39,8 @@ class Factor(Enum):
         parts = name.split(".")
         if parts[0] == cls.HEAD.value:
             return cls.HEAD
+        if parts[-2:-1] == [INCREMENT]:
+            return cls.INCREMENT
         kind = next((kind for kind in (cls.A, cls.B) if kind.value in parts), None)
         return cls.CORE if kind and cls.CORE.value in parts else kind
 
@@ -104,12 +108,18 @@ class AdaptedModel:
     def save(self, folder: Path, *, source: str) -> None:
         """Write a PEFT adapter of the plain backbone, the head, and how to load them."""
         self._peft.peft_config["default"].base_model_name_or_path = source
-        plain = without_cores(self._peft.state_dict())
-        self._peft.save_pretrained(folder, state_dict=plain, safe_serialization=True, save_embedding_layers=False)
+        config = self._peft.peft_config["default"]
+        plain, more = as_components(without_cores(self._peft.state_dict()))
+        rank, alpha = config.r, config.lora_alpha
+        try:  # more components of the same scale alpha / r
+            config.r, config.lora_alpha = rank + more, alpha * (rank + more) / rank
+            self._peft.save_pretrained(folder, state_dict=plain, safe_serialization=True, save_embedding_layers=False)
+        finally:
+            config.r, config.lora_alpha = rank, alpha
         head = {n.removeprefix("head."): p.detach().clone() for n, p in self.parameters(frozenset((Factor.HEAD,))).items()}
         if head:
             save_file(head, folder / "head.safetensors")
-        (folder / "README.md").write_text(_card(source, self.task, bool(head)), encoding="utf-8")
+        (folder / "README.md").write_text(_card(source, self.task, bool(head), more), encoding="utf-8")
 
     def load_saved(self, folder: Path) -> None:
         """Read what `save` wrote.
@@ -124,6 +134,8 @@ class AdaptedModel:
             if cores := cores_of(saved, self._peft.state_dict()):
                 self._peft.load_state_dict(cores, strict=False)
                 saved = {name: tensor for name, tensor in saved.items() if Factor.of(name) is Factor.A}
+            saved, increments = from_components(saved, self._peft.state_dict())
+            self._peft.load_state_dict(increments, strict=False)
             result: Any = set_peft_model_state_dict(self._peft, saved)
             if result.unexpected_keys:
                 raise ModelError(f"{folder} belongs to another model: unexpected {result.unexpected_keys[:3]}")
@@ -145,6 +157,7 @@ def adapt(
     last_layers: int | None,
     seed: int,
     cores: bool = False,
+    increments: bool = False,
 ) -> AdaptedModel:
     """Put LoRA (and for classification a head) on a frozen backbone.
 
@@ -162,6 +175,7 @@ def adapt(
         last_layers: adapt the last k blocks only; None for all.
         seed: public randomness of A.
         cores: put a trainable r x r core between fixed factors from the base weights, instead of drawing A.
+        increments: put a dense increment beside each pair, for what a method merges into the frozen weights.
 
     Raises:
         ModelError: if no layer matches or a target cannot carry LoRA.
@@ -196,14 +210,17 @@ def adapt(
     peft_model.eval()
     if cores:
         insert_cores(peft_model)
+    if increments:
+        insert_increments(peft_model)
     module: nn.Module = TextClassifier(peft_model, classes, pooling) if task is Task.CLASSIFICATION else peft_model
     adapted = AdaptedModel(module, peft_model, task, base_parameters)
     if not cores:
-        adapted.load(_orthonormal(adapted.parameters(frozenset((Factor.A,))), seed))
+        adapted.load(orthonormal(adapted.parameters(frozenset((Factor.A,))), seed))
     return adapted
 
 
-def _orthonormal(factors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+def orthonormal(factors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Factors A of the shapes `(r, n)` of these, drawn with orthonormal rows from a public seed."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.linalg.qr(torch.randn(*factor.shape[::-1], generator=generator, dtype=torch.float64))[0].T.float()
@@ -212,7 +229,7 @@ def _orthonormal(factors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     }
 
 
-def _card(source: str, task: Task, head: bool) -> str:
+def _card(source: str, task: Task, head: bool, more: int) -> str:
     kind = "AutoModelForCausalLM" if task is Task.CAUSAL_LM else "AutoModel"
     lines = [
         "# Adapter",
@@ -225,6 +242,8 @@ def _card(source: str, task: Task, head: bool) -> str:
         f'model = PeftModel.from_pretrained({kind}.from_pretrained(BASE), "adapter")',
         "```",
     ]
+    if more:
+        lines += ["", f"The last {more} of its components are what rounds have merged into the frozen weights."]
     if head:
         lines += [
             "",

@@ -331,7 +331,7 @@ class PrivacyPlan:
         released, state = mechanism.release(total, mechanism.restore(noise), charged=charged, permit=permit, rng=rng)
         return released, {} if state.round == self.rounds else state.tensors()  # nobody needs the secret any more
 
-    def noise_norm(self, size: int, clip_norm: float, *, number: int = 1) -> float:
+    def noise_norm(self, size: float, clip_norm: float, *, number: int = 1) -> float:
         """Expected L2 norm of the noise in the released mean of `size` coordinates at `clip_norm` in round `number`; public."""
         if isinstance(self.mechanism, CorrelatedGaussian):
             return self.mechanism.noise_std(number) * math.sqrt(size) / self.divisor

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dp_federated_lora.lora import Factor
+from dp_federated_lora.aggregation.lora.factors import pairs, product_svd
 
 
 def split_anew(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -26,14 +26,10 @@ def split_anew(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
     A pair whose product has not got rank r is left as it is: a singular value of zero would end its training.
     """
     result = dict(adapter)
-    for name in adapter:
-        if f".{Factor.A.value}." not in name:
-            continue
-        partner = name.replace(f".{Factor.A.value}.", f".{Factor.B.value}.")
-        left, right = (torch.linalg.qr(t.to(torch.float64)) for t in (adapter[partner], adapter[name].T))
-        u, s, vt = torch.linalg.svd(left.R @ right.R.T)
+    for pair in pairs(adapter):
+        u, s, vt = product_svd(adapter[pair.b], adapter[pair.a])
         if s[-1] > 1e-9 * s[0]:
             root = s.sqrt()
-            result[partner] = (left.Q @ u * root).to(torch.float32)
-            result[name] = (root[:, None] * vt @ right.Q.T).to(torch.float32)
+            result[pair.b] = (u * root).to(torch.float32)
+            result[pair.a] = (root[:, None] * vt).to(torch.float32)
     return result

@@ -1,4 +1,4 @@
-r"""Methods whose contribution is a sum: they say which factors are trained and sent, and what the server does with their mean.
+r"""Methods: they say which factors are trained and sent, and what the server does with their mean.
 
 With W = W0 + s B A, averaging both factors is not averaging their product: the error is the covariance of B_k and A_k over
 clients, and noise on both factors is amplified by their product. All but FedAvg therefore train one of them at a time.
@@ -11,6 +11,8 @@ clients, and noise on both factors is amplified by their product. All but FedAvg
 | lalora | B and A in turn, local step by local step; both are sent | LA-LoRA (arXiv 2602.19926), without its low-pass filter |
 | fedask | B over a shared A; then the server splits B A anew | FedASK (arXiv 2507.09990), see `fedask.py` |
 | fedsb | an r x r core between a fixed B and A | Fed-SB (arXiv 2502.15436), fixed factors by SVD of W0 |
+
+flora, fedex, flexlora and hetlora train A and B together and combine whole adapters instead of adding changes: see `gathered.py`.
 
 A head that starts at zero gives the adapter below it no gradient, only noise, until it has learnt something. Training the
 head alone first avoids that (Kumar et al. 2022, arXiv 2202.10054; under DP: Ke et al. 2024, arXiv 2402.18905).
@@ -25,6 +27,7 @@ from typing import Final, final
 from torch import Tensor
 
 from dp_federated_lora.aggregation.lora.fedask import split_anew
+from dp_federated_lora.aggregation.lora.gathered import Gather, fedex, flexlora, flora, hetlora
 from dp_federated_lora.lora import Factor
 
 Factors = frozenset[Factor]
@@ -33,7 +36,7 @@ Factors = frozenset[Factor]
 @final
 @dataclass(frozen=True, slots=True)
 class LinearMethod:
-    """A method in which each client sends the change of what it trained and the server adds their mean.
+    """A method in which each client sends the change of what it trained and the server adds their mean, unless it has a `gather`.
 
     Args:
         name: as in `[method] name`.
@@ -41,8 +44,9 @@ class LinearMethod:
         turns: what is trained and sent in one round after the other, over and over; all of `factors` if empty.
         local_turns: what one local step after the other trains; all that the round trains if empty.
         settle: what the server does to the adapter after a round that trained more than the head; it sees released values only.
-        settles: what `settle` changes beside `factors`.
+        settles: what the server changes beside `factors`, by `settle` or `gather`.
         head_rounds: number of rounds at the start in which the head alone is trained.
+        gather: what makes the next adapter of all participants' noised ones, in place of the mean of changes.
     """
 
     name: str
@@ -52,6 +56,7 @@ class LinearMethod:
     settle: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
     settles: Factors = frozenset()
     head_rounds: int = 0
+    gather: Gather | None = None
 
     def factors_in(self, number: int) -> Factors:
         """What is trained and sent in round `number` (1-based)."""
@@ -76,4 +81,10 @@ LALORA: Final = LinearMethod("lalora", _A | _B, local_turns=(_B, _A))
 FEDASK: Final = LinearMethod("fedask", _B, settle=split_anew, settles=_A)
 FEDSB: Final = LinearMethod("fedsb", frozenset((Factor.CORE, Factor.HEAD)))
 
-METHODS: Final = {method.name: method for method in (FEDAVG, FFA, ROLORA, LALORA, FEDASK, FEDSB)}
+_INCREMENT: Final = frozenset((Factor.INCREMENT,))
+FLORA: Final = LinearMethod("flora", _A | _B, settles=_INCREMENT, gather=flora)
+FEDEX: Final = LinearMethod("fedex", _A | _B, settles=_INCREMENT, gather=fedex)
+FLEXLORA: Final = LinearMethod("flexlora", _A | _B, gather=flexlora)
+HETLORA: Final = LinearMethod("hetlora", _A | _B, gather=hetlora)
+
+METHODS: Final = {method.name: method for method in (FEDAVG, FFA, ROLORA, LALORA, FEDASK, FEDSB, FLORA, FEDEX, FLEXLORA, HETLORA)}
