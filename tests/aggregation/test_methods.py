@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from dp_federated_lora.lab.config import GATHERED, LINEAR, parse_config
 from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.lora import Factor
 from dp_federated_lora.training import LocalSteps, local_update
+from saved import with_peft
 
 Raw = dict[str, dict[str, object]]
 A, B, CORE, HEAD = Factor.A, Factor.B, Factor.CORE, Factor.HEAD
@@ -50,14 +50,17 @@ def test_the_configuration_names_every_method():
     assert {name for name, method in METHODS.items() if method.gather} == set(GATHERED)
 
 
-def test_averaging_both_factors_errs_by_their_covariance_and_one_frozen_factor_errs_by_nothing():
-    b, a = [normal(9, 3, seed=k) for k in range(4)], [normal(3, 7, seed=10 + k) for k in range(4)]
-    mean_b, mean_a = sum(b) / 4, sum(a) / 4
-    true = sum(x @ y for x, y in zip(b, a, strict=True)) / 4
-    covariance = sum((x - mean_b) @ (y - mean_a) for x, y in zip(b, a, strict=True)) / 4
+@settings(deadline=None)
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 10**6))
+def test_averaging_both_factors_errs_by_their_covariance_and_one_frozen_factor_errs_by_nothing(count: int, rank: int, seed: int):
+    b, a = [normal(9, rank, seed=seed + k) for k in range(count)], [normal(rank, 7, seed=seed + 10 + k) for k in range(count)]
+    mean_b, mean_a = sum(b) / count, sum(a) / count
+    true = sum(x @ y for x, y in zip(b, a, strict=True)) / count
+    covariance = sum((x - mean_b) @ (y - mean_a) for x, y in zip(b, a, strict=True)) / count
     assert torch.allclose(mean_b @ mean_a + covariance, true, atol=1e-12)
-    assert covariance.norm() > 0.1 * true.norm()
-    assert torch.allclose(mean_b @ a[0], sum(x @ a[0] for x in b) / 4, atol=1e-12)
+    if count > 1:
+        assert covariance.norm() > 0.01 * true.norm()
+    assert torch.allclose(mean_b @ a[0], sum(x @ a[0] for x in b) / count, atol=1e-12)
 
 
 def test_noise_on_both_factors_is_amplified_as_the_formula_says():
@@ -181,7 +184,6 @@ def test_a_core_keeps_its_norm_between_the_base_weights_singular_vectors(raw_con
 def test_every_method_trains_and_its_adapter_computes_the_same_for_whoever_loads_it(
     request: pytest.FixtureRequest, tiny_model: Path, method: str, unit: str
 ):
-    from peft import PeftModel
     from transformers import AutoModel
 
     raw: Raw = request.getfixturevalue("raw_config" if unit == "example" else "client_config")
@@ -200,16 +202,14 @@ def test_every_method_trains_and_its_adapter_computes_the_same_for_whoever_loads
     ranks = {len(tensor) for name, tensor in saved.items() if Factor.of(name) is A}
     merged = {"flora": 4 * 2, "fedex": 3 * 2}.get(method, 0) * (result.rounds - 1)  # components of four participants of rank 2
     assert all(2 + min(merged, 1) <= rank <= 2 + merged for rank in ranks)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
-        plain = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_model), result.path / "adapter")
+    plain = with_peft(AutoModel.from_pretrained(tiny_model), result.path / "adapter")
     bench = Workbench.of(parse_config(raw, where="test"))
     bench.model.load_saved(result.path / "adapter")
     ids, mask = torch.arange(1, 9)[None], torch.ones(1, 8, dtype=torch.int64)
     with torch.no_grad():
         base = AutoModel.from_pretrained(tiny_model)(input_ids=ids, attention_mask=mask).last_hidden_state
         ours = bench.model.module.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
-        theirs = plain.eval()(input_ids=ids, attention_mask=mask).last_hidden_state
+        theirs = plain(input_ids=ids, attention_mask=mask).last_hidden_state
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert not torch.allclose(base, theirs, atol=1e-3)
 

@@ -23,7 +23,7 @@ from dp_federated_lora.privacy import Ledger, Permit, PrivacyPlan, Released, Sec
 from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.vector import Layout
 from plans import a_plan
-from saved import adapter, same
+from saved import adapter, same, with_peft
 
 Raw = dict[str, dict[str, object]]
 RANKS = [{"clients": 1, "rank": 1}, {"clients": 3, "rank": 2}]
@@ -110,10 +110,10 @@ def test_a_round_without_noise_is_the_method_on_what_each_participant_trained(
     server, state = Server.of(bench.model, plan, bench.method, Sgd(rate), ranks=participant_ranks(bench.config), seed=4)
     state = replace(state, adapter=start)
     key = SecureRandom.insecure_from(9)
-    permit = permit_of(tmp_path, plan, key)
+    permit, again = permit_of(tmp_path, plan, key), permit_of(tmp_path, plan, key)  # the second is for the streams
     after, norm = server.run_round(state, permit, Simulator(clients, bench.learner), key)
     ask = Request(Purpose.TRAINING, 1, plan.content_id, start, plan.clip_norm)
-    streams = permit.divide(key, [client.name for client in clients])
+    streams = again.divide(key, [client.name for client in clients])
     expected, total = [], torch.zeros(server.layout.size, dtype=torch.float64)
     for client in clients:
         change = contribution(client, ask, bench, plan, streams[client.name][1])
@@ -162,7 +162,6 @@ def test_a_participant_that_does_not_report_is_not_counted_as_another(client_con
 
 @pytest.mark.parametrize("target", ["c_attn", "c_proj"])  # GPT-2 keeps weights transposed; one is square
 def test_increments_compute_the_same_as_the_components_that_they_become_on_disk(tmp_path: Path, target: str):
-    from peft import PeftModel
     from transformers import GPT2Config, GPT2LMHeadModel
 
     settings = GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=2)
@@ -196,7 +195,7 @@ def test_increments_compute_the_same_as_the_components_that_they_become_on_disk(
     model.save(tmp_path / "adapter", source="base")  # saving changes nothing in the model
     again = adapted()
     again.load_saved(tmp_path / "adapter")
-    plain = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
+    plain = with_peft(base(), tmp_path / "adapter")
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
         ours, theirs = model.module(input_ids=ids).logits, plain(input_ids=ids).logits

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from dp_federated_lora.lab.config import Config, parse_config
 from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.workbench import Workbench, head_of_labels
 from dp_federated_lora.privacy import GaussianMechanism, Ledger
-from saved import adapter, same
+from saved import adapter, same, with_peft
 
 Raw = dict[str, dict[str, object]]
 
@@ -67,14 +66,10 @@ def test_a_run_writes_its_files_and_a_statement_of_what_was_executed(raw_config:
 
 
 def test_the_adapter_loads_into_the_plain_backbone_with_peft(raw_config: Raw, tiny_model: Path):
-    from peft import PeftModel
     from transformers import AutoModel
 
     run = train(configured(raw_config)).path
-    plain = AutoModel.from_pretrained(tiny_model)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
-        model = PeftModel.from_pretrained(plain, run / "adapter")
+    model = with_peft(AutoModel.from_pretrained(tiny_model), run / "adapter")
     trained = adapter(run)
     loaded = {n: p for n, p in model.named_parameters() if "lora_B" in n}
     assert len(loaded) == 4

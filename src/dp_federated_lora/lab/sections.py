@@ -84,8 +84,8 @@ class FederationSection(Section):
     `partition` is "iid", "dirichlet" (label proportions ~ Dirichlet(`alpha`)) or "column" (one client per distinct value of
     `columns`, joined); `clients` is public. With `max_staleness` rounds are asynchronous: a participant works on an adapter 0
     to so many server steps old, by a public draw from its name and `run.seed`; the older, the less its contribution weighs.
-    `columns`, joined); `clients` is public. `ranks` are for participants of little memory or bandwidth, who get, train and send
-    the first components of each pair only; the largest is lora.rank.
+    `ranks` are for participants of little memory or bandwidth, who get, train and send the first components of each pair only;
+    the largest is lora.rank.
     """
 
     clients: Count
