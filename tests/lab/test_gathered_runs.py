@@ -88,12 +88,12 @@ def test_a_participant_of_lower_rank_trains_and_sends_its_components_and_no_othe
 
 def test_the_noise_of_lower_ranks_is_that_of_what_they_send(client_config: Raw):
     bench, plan, _, _ = bench_of(local(client_config, "fedavg"))
-    server, _ = Server.of(bench.model, plan, bench.method, Sgd(1.0), ranks=participant_ranks(bench.config))
+    whole, _ = Server.of(bench.model, plan, bench.method, Sgd(1.0))
+    server = replace(whole, ranks=participant_ranks(bench.config))
     # Query and value of two blocks of width 32; a head of three classes: per rank 4 x (32 + 32) coordinates.
     sizes = [3 * 33 + 4 * 64 * rank for rank in (1, 2, 2, 2)]
     expected = plan.mechanism.noise_multiplier * plan.clip_norm * math.sqrt(sum(sizes)) / plan.divisor
     assert server.noise_norm(1, plan.clip_norm) == pytest.approx(expected)
-    whole, _ = Server.of(bench.model, plan, bench.method, Sgd(1.0))
     assert whole.noise_norm(1, plan.clip_norm) == pytest.approx(plan.noise_norm(sizes[-1], plan.clip_norm))
 
 
@@ -107,8 +107,8 @@ def test_a_round_without_noise_is_the_method_on_what_each_participant_trained(
     bench, plan, clients, start = bench_of(raw)
     no_noise(monkeypatch)
     rate = 0.5
-    server, state = Server.of(bench.model, plan, bench.method, Sgd(rate), ranks=participant_ranks(bench.config), seed=4)
-    state = replace(state, adapter=start)
+    server, state = Server.of(bench.model, plan, bench.method, Sgd(rate))
+    server, state = replace(server, ranks=participant_ranks(bench.config), seed=4), replace(state, adapter=start)
     key = SecureRandom.insecure_from(9)
     permit, again = permit_of(tmp_path, plan, key), permit_of(tmp_path, plan, key)  # the second is for the streams
     after, norm = server.run_round(state, permit, Simulator(clients, bench.learner), key)
@@ -154,7 +154,8 @@ def test_a_participant_that_does_not_report_is_not_counted_as_another(client_con
         def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
             yield from list(super().reports(request, sites))[1:]
 
-    server, state = Server.of(bench.model, plan, bench.method, Sgd(1.0), ranks=participant_ranks(bench.config))
+    server, state = Server.of(bench.model, plan, bench.method, Sgd(1.0))
+    server = replace(server, ranks=participant_ranks(bench.config))
     key = SecureRandom.insecure_from(1)
     with pytest.raises(PrivacyError, match="3 reports of 4"):
         server.run_round(state, permit_of(tmp_path, plan, key), Losing(clients, bench.learner), key)

@@ -112,29 +112,12 @@ class Server:
 
     @classmethod
     def of(
-        cls,
-        model: AdaptedModel,
-        plan: PrivacyPlan,
-        method: LinearMethod,
-        optimizer: ServerOptimizer,
-        *,
-        head_scale: float = 1.0,
-        ranks: Sequence[int] = (),
-        seed: int = 0,
+        cls, model: AdaptedModel, plan: PrivacyPlan, method: LinearMethod, optimizer: ServerOptimizer, *, head_scale: float = 1.0
     ) -> tuple[Server, ServerState]:
-        """A server for `model`, and its state before the first round; the arguments are those of the class."""
+        """A server for `model`, and its state before the first round; the head's steps are `head_scale` times as long."""
         layout = Layout.of(model.parameters(method.factors))
         settled = sum(p.numel() for n, p in model.parameters(method.settles).items() if n not in layout)
-        server = cls(
-            plan=plan,
-            method=method,
-            optimizer=optimizer,
-            layout=layout,
-            head_scale=head_scale,
-            settled=settled,
-            ranks=tuple(ranks),
-            seed=seed,
-        )
+        server = cls(plan=plan, method=method, optimizer=optimizer, layout=layout, head_scale=head_scale, settled=settled)
         noise = plan.start_noise(layout.size)
         return server, ServerState(0, model.state(), optimizer.init(layout.size), plan.clip_norm, noise)
 

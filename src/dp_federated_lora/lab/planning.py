@@ -99,7 +99,8 @@ def plan_run(config: Config) -> RunPlan:
     """Plan a run: calibrate noise and count what is trained. Loads the model, touches no training data."""
     bench = Workbench.of(config)
     plan = privacy_plan(config)
-    server, _ = Server.of(bench.model, plan, bench.method, server_optimizer(config), ranks=participant_ranks(config))
+    server, _ = Server.of(bench.model, plan, bench.method, server_optimizer(config))
+    server = replace(server, ranks=participant_ranks(config))
     whole = Spend(plan.epsilon_after(plan.rounds), plan.budget.delta, plan.rounds, plan.rounds)
     statement = statement_at(config, plan, whole)
     return RunPlan(

@@ -149,15 +149,10 @@ class Run:
         sets = [examples for client in clients for examples in (client.examples, client.held_out)]
         self._prepare(sets if self._probe is None else [*sets, self._probe])
         server, self._state = Server.of(
-            self._bench.model,
-            self._plan,
-            self._bench.method,
-            server_optimizer(config),
-            head_scale=head_scale(config),
-            ranks=participant_ranks(config),
-            seed=config.run.seed,
+            self._bench.model, self._plan, self._bench.method, server_optimizer(config), head_scale=head_scale(config)
         )
-        server = replace(server, delays=Delays(config.federation.max_staleness, config.run.seed))
+        seed, ranks = config.run.seed, participant_ranks(config)
+        server = replace(server, delays=Delays(config.federation.max_staleness, seed), ranks=ranks, seed=seed)
         self._exchange, self._server = instrument(Simulator(clients, self._bench.learner), server)
         self._ledger = Ledger.open(directory.ledger, budget=self._plan.budget, owner=OWNER)
         self._lifetime = LifetimeBudgets.open(config)

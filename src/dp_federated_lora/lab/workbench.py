@@ -72,9 +72,9 @@ def participant_tiers(config: Config) -> list[int]:
     return [number for number, group in enumerate(groups) for _ in range(group.clients)] or [0] * config.federation.clients
 
 
-def participant_ranks(config: Config) -> list[int]:
+def participant_ranks(config: Config) -> tuple[int, ...]:
     """The rank of each simulated participant; public; empty where all have lora.rank."""
-    return [group.rank for group in config.federation.ranks for _ in range(group.clients)]
+    return tuple(group.rank for group in config.federation.ranks for _ in range(group.clients))
 
 
 def _private_evaluation(config: Config) -> PrivateEvaluation | None:
