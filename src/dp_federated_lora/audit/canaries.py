@@ -61,7 +61,7 @@ class CanaryAudit:
 
         Raises:
             AuditError: if a participant has the name of a canary, participants have budgets of their own or add the
-                noise, or it is correlated.
+                noise, it is correlated, or there is a defence against liars.
         """
         self._released = torch.zeros(server.layout.size, dtype=torch.float64)
         return _WithCanaries(exchange, server, self), replace(server, optimizer=_Noting(server, self._released))
@@ -121,6 +121,8 @@ class _WithCanaries:
             raise AuditError("canaries belong to no declared group of budgets: audit the configuration without privacy.groups")
         if not isinstance(server.plan.mechanism, GaussianMechanism):
             raise AuditError("canaries are judged against independent noise: audit the configuration without privacy.correlated")
+        if server.defence.active:
+            raise AuditError("canaries are guessed from plain means of releases: audit the configuration without [robust]")
         if taken := set(self._extra) & set(inner.names):
             raise AuditError(f"a participant is called {sorted(taken)[0]!r}, as a canary is: rename it")
 

@@ -18,6 +18,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
+from dp_federated_lora.errors import AuditError
 from dp_federated_lora.federated import Exchange, Request, RoundReport, Server
 from dp_federated_lora.privacy import BoundedSum, Permit, PrivacyPlan, Released, SecureRandom
 
@@ -44,7 +45,13 @@ class Transcript:
     reports: list[RoundReport] = field(default_factory=list)
 
     def wrap(self, exchange: Exchange, server: Server) -> tuple[Exchange, Server]:
-        """The same engine, written down here; a replay continues from the releases of the first run."""
+        """The same engine, written down here; a replay continues from the releases of the first run.
+
+        Raises:
+            AuditError: if there is a defence against liars: then what is stepped on is no release any more.
+        """
+        if server.defence.active:
+            raise AuditError("a replay compares releases, and [robust] makes something else of them: audit without it")
         return _Recorded(exchange, self), replace(server, optimizer=_Replayed(server, self))
 
 

@@ -77,7 +77,12 @@ def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
             "rounds of a unit": participation_in_words(result.privacy),
             "expected cohort": f"{facts['expected_cohort']:g} {result.privacy.unit.value}s a round",
             "noise in a round's mean": f"norm {facts['noise_norm']:.4g}, beside a signal of at most {facts['clip_norm']:g}"
-            + (f"; {facts['noise_sources'] ** 0.5:.4g} times that of trust = central" if facts["trust"] == "local" else ""),
+            + (f"; {facts['noise_sources'] ** 0.5:.4g} times that of trust = central" if facts["trust"] == "local" else "")
+            + (
+                f"; {facts['groups'] ** 0.5:.4g} times that of one sum, for {facts['groups']} groups"
+                if facts["groups"] > 1
+                else ""
+            ),
             "trained parameters": f"{facts['trainable_parameters']:,} ({facts['trainable_fraction']:.3%} of the model)",
             "bytes per participant and round": f"{facts['bytes_per_client_round']:,}",
         },

@@ -7,12 +7,14 @@ from dp_federated_lora.federated.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from dp_federated_lora.federated.client import Client, Purpose, Request, handle, report
+from dp_federated_lora.federated.client import Client, Purpose, Request, contributions, handle, report
+from dp_federated_lora.federated.defence import Defence
 from dp_federated_lora.federated.round import Exchange, RoundReport, Server
 from dp_federated_lora.federated.staleness import Delays
 
 __all__ = (
     "Client",
+    "Defence",
     "Delays",
     "Exchange",
     "Purpose",
@@ -22,6 +24,7 @@ __all__ = (
     "Server",
     "ServerState",
     "checkpoint_head",
+    "contributions",
     "handle",
     "read_checkpoint",
     "report",

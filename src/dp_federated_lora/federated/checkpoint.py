@@ -34,7 +34,8 @@ class ServerState:
     """State after `round` rounds: all adapter tensors, the server optimiser's, and the next round's clip norm.
 
     `noise` is what the mechanism keeps for later rounds: a secret, for whoever has it can subtract noise. `earlier` are trained
-    tensors of rounds before, for those who began then.
+    tensors of rounds before, for those who began then. `aggregate` is the last aggregate of each coordinate, public, where a
+    defence starts from it.
     """
 
     round: int
@@ -43,6 +44,7 @@ class ServerState:
     clip_norm: float
     noise: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     earlier: Earlier = field(default_factory=dict)
+    aggregate: Tensor | None = None
 
     def adapter_before(self, steps: int) -> Mapping[str, Tensor]:
         """The adapter `steps` server steps ago; tensors that are never trained are the same in all."""
@@ -60,6 +62,8 @@ def write_checkpoint(path: Path, state: ServerState, *, run_id: str, ledger_head
     tensors |= {f"noise/{n}": t.contiguous() for n, t in state.noise.items()}
     tensors |= {f"earlier/{n}": t.contiguous() for n, t in state.earlier.items()}
     tensors["server/clip_norm"] = torch.tensor(state.clip_norm, dtype=torch.float64)
+    if state.aggregate is not None:
+        tensors["server/aggregate"] = state.aggregate
     facts = {
         "format": _FORMAT,
         "round": str(state.round),
@@ -94,8 +98,15 @@ def read_checkpoint(path: Path, *, run_id: str) -> tuple[ServerState, str]:
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
         parts[kind][rest] = tensor
-    clip_norm = float(parts["server"]["clip_norm"])
-    state = ServerState(int(facts["round"]), parts["adapter"], parts["optimizer"], clip_norm, parts["noise"], parts["earlier"])
+    state = ServerState(
+        int(facts["round"]),
+        parts["adapter"],
+        parts["optimizer"],
+        float(parts["server"]["clip_norm"]),
+        noise=parts["noise"],
+        earlier=parts["earlier"],
+        aggregate=parts["server"].get("aggregate"),
+    )
     return state, facts["ledger_head"]
 
 

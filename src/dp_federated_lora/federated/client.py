@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dp_federated_lora.aggregation import HEAD_ALONE, LinearMethod, components, truncated
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import IncompatiblePlan
 from dp_federated_lora.federated.staleness import staleness_weight
 from dp_federated_lora.privacy import BoundedSum, Permit, PrivacyPlan, PrivacyUnit, Released, SecureRandom, Trust, UnitId
-from dp_federated_lora.training import Learner, LocalSteps, example_gradient_sum, example_scores, local_update
+from dp_federated_lora.training import Learner, LocalSteps, example_gradients, example_scores, local_update
 from dp_federated_lora.vector import Layout
 
 
@@ -38,6 +38,7 @@ class Request:
         adapter: global adapter tensors by name.
         clip_norm: C of this round.
         staleness: server steps that have been taken since `adapter`.
+        centre: public vector `(d,)` around which contributions are clipped; None for zero.
     """
 
     purpose: Purpose
@@ -46,6 +47,7 @@ class Request:
     adapter: Mapping[str, Tensor]
     clip_norm: float
     staleness: int = 0
+    centre: Tensor | None = None
 
     @property
     def weight(self) -> float:
@@ -83,7 +85,8 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
     """Compute a client's bounded contribution to a round, or to an evaluation.
 
     Client unit: local steps, then the whole update is clipped. Example unit: the client tosses a secret coin for
-    each of its examples and sums their clipped gradients; an empty sample gives the zero sum, like any other. Under
+    each of its examples and sums their clipped gradients; an empty sample gives the zero sum, like any other. With a centre
+    it is the difference from it that is clipped (Karimireddy et al. 2021, arXiv 2012.10333, in one step and at the client). Under
     trust = "local" nobody else may learn whether a client takes part, so in the client unit, too, the coin is its own.
     Of the components beyond its rank a client has zeros; they have no gradient, and its contribution is zero there.
 
@@ -110,27 +113,39 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
     if request.purpose is Purpose.EVALUATION:
         return _scores(client, learner)
     trained = learner.model.train_only(client.method.factors_in(request.round))
+    centre = 0.0 if request.centre is None else request.centre
+    sums = (
+        plan.clip(rows - centre, request.clip_norm, units, tier=client.tier, weight=request.weight)
+        for rows, units in contributions(request, client, learner, trained, rng)
+    )
+    size = Layout.of(trained).size + plan.extra_coordinates
+    return BoundedSum.merge(sums, size=size, clip_norm=plan.sensitivity(request.clip_norm))
+
+
+def contributions(
+    request: Request, client: Client, learner: Learner, trained: Mapping[str, nn.Parameter], rng: SecureRandom
+) -> Iterator[tuple[Tensor, list[UnitId]]]:
+    """What a client's units contribute to a round before they are clipped: rows `(B, d)` with their units, for `handle`.
+
+    Args:
+        request: from the server.
+        client: the participant.
+        learner: the model at the request's adapter.
+        trained: its parameters that the round trains; they define the layout.
+        rng: this client's stream for this round.
+    """
+    plan = client.plan
     if plan.unit is PrivacyUnit.EXAMPLE:
         chosen = plan.draw(client.examples.units, rng.derive("sample"), number=request.round, tier=client.tier).tolist()
-        return example_gradient_sum(
-            learner,
-            trained,
-            client.examples,
-            chosen,
-            plan=plan,
-            clip_norm=request.clip_norm,
-            owner=client.name,
-            tier=client.tier,
-            weight=request.weight,
-        )
+        yield from example_gradients(learner, trained, client.examples, chosen, client.name)
+        return
     if client.local is None:
         raise IncompatiblePlan("unit = client trains locally; [training] needs local steps")
     if plan.trust is Trust.LOCAL and not plan.draw(range(1), rng.derive("sample"), number=request.round, tier=client.tier).size:
-        return BoundedSum.merge((), size=Layout.of(trained).size, clip_norm=plan.sensitivity(request.clip_norm))
+        return
     generator = torch.Generator().manual_seed(int(rng.derive("batches").uint64(1)[0] >> 1))
     turns = [learner.model.parameters(factors) for factors in client.method.local_factors(request.round)]
-    update = local_update(learner, trained, client.examples, client.local, generator, turns=turns)
-    return plan.clip(update[None], request.clip_norm, [UnitId(client.name)], tier=client.tier, weight=request.weight)
+    yield local_update(learner, trained, client.examples, client.local, generator, turns=turns)[None], [UnitId(client.name)]
 
 
 def report(request: Request, client: Client, learner: Learner, permit: Permit, rng: SecureRandom) -> Released:

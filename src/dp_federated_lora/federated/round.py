@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol, final
@@ -14,6 +14,7 @@ from dp_federated_lora.aggregation import HEAD_ALONE, Gather, LinearMethod, Serv
 from dp_federated_lora.errors import BudgetExhausted, IncompatiblePlan, PrivacyError
 from dp_federated_lora.federated.checkpoint import ServerState
 from dp_federated_lora.federated.client import Purpose, Request
+from dp_federated_lora.federated.defence import UNDEFENDED, Defence, total
 from dp_federated_lora.federated.staleness import SYNCHRONOUS, Delays
 from dp_federated_lora.lora import AdaptedModel, Factor
 from dp_federated_lora.privacy import (
@@ -60,7 +61,7 @@ class RoundReport:
         epsilon: spent so far.
         delta: at which epsilon holds.
         update_norm: L2 norm of the released mean update.
-        noise_norm: expected L2 norm of the noise in it, a public number.
+        noise_norm: expected L2 norm of the noise in it, a public number; with a robust rule, of the plain mean over groups.
         clip_norm: bound of one unit's contribution; it follows from public facts and released values.
         bytes_per_client: adapter bytes to a client and back, for the largest rank.
         public_metrics: quality on declared-public test data; empty in most rounds.
@@ -98,6 +99,7 @@ class Server:
         delays: how many server steps participants take to answer.
         ranks: of all participants, in order; empty where all have the adapter's.
         seed: public randomness of a method that draws factors anew.
+        defence: against participants who lie.
     """
 
     plan: PrivacyPlan
@@ -109,17 +111,28 @@ class Server:
     delays: Delays = SYNCHRONOUS
     ranks: tuple[int, ...] = ()
     seed: int = 0
+    defence: Defence = UNDEFENDED
 
     @classmethod
     def of(
-        cls, model: AdaptedModel, plan: PrivacyPlan, method: LinearMethod, optimizer: ServerOptimizer, *, head_scale: float = 1.0
+        cls,
+        model: AdaptedModel,
+        plan: PrivacyPlan,
+        method: LinearMethod,
+        optimizer: ServerOptimizer,
+        *,
+        head_scale: float = 1.0,
+        defence: Defence = UNDEFENDED,
     ) -> tuple[Server, ServerState]:
         """A server for `model`, and its state before the first round; the head's steps are `head_scale` times as long."""
         layout = Layout.of(model.parameters(method.factors))
         settled = sum(p.numel() for n, p in model.parameters(method.settles).items() if n not in layout)
-        server = cls(plan=plan, method=method, optimizer=optimizer, layout=layout, head_scale=head_scale, settled=settled)
-        noise = plan.start_noise(layout.size)
-        return server, ServerState(0, model.state(), optimizer.init(layout.size), plan.clip_norm, noise)
+        server = cls(
+            plan=plan, method=method, optimizer=optimizer, layout=layout, head_scale=head_scale, settled=settled, defence=defence
+        )
+        noise = plan.start_noise(layout.size * defence.groups)
+        last = torch.zeros(layout.size, dtype=torch.float64) if defence.active else None
+        return server, ServerState(0, model.state(), optimizer.init(layout.size), plan.clip_norm, noise, aggregate=last)
 
     def layout_in(self, number: int) -> Layout:
         """Layout of what clients send in round `number`."""
@@ -138,12 +151,13 @@ class Server:
         # Where participants add noise they send it, too, for their own components only; one noise on the sum is on all.
         if self.ranks and self.plan.trust is Trust.LOCAL:
             size = sum(int(components(layout, rank).sum()) for rank in self.ranks) / len(self.ranks)
-        return self.plan.noise_norm(size, clip_norm, number=number)
+        return self.defence.price * self.plan.noise_norm(size, clip_norm, number=number)
 
     def bytes_per_client(self, number: int) -> int:
         """Float32 bytes to a client of the largest rank, of what such a round changes, and back, of what it trains."""
         alone = self.method.factors_in(number) == HEAD_ALONE
-        return 4 * (2 * self.layout_in(number).size + (0 if alone else self.settled))
+        vectors = 3 if self.defence.around_aggregate else 2
+        return 4 * (vectors * self.layout_in(number).size + (0 if alone else self.settled))
 
     def reserve(self, state: ServerState, ledger: Ledger, key: SecureRandom) -> Permit:
         """Charge the next round, durably, before any message is sent.
@@ -160,35 +174,47 @@ class Server:
         return ledger.reserve(self.plan.event_in(number), round=number, purpose=purpose, commitment=key.commitment)
 
     def run_round(self, state: ServerState, permit: Permit, exchange: Exchange, key: SecureRandom) -> tuple[ServerState, float]:
-        """Collect, release, step.
+        """Collect, release, aggregate, step.
 
         Returns:
             The next state and the L2 norm of the released mean update.
         """
-        plan, number, clip_norm = self.plan, state.round + 1, state.clip_norm
-        layout = self.layout_in(number)
+        plan, defence, number, clip_norm = self.plan, self.defence, state.round + 1, state.clip_norm
+        layout, sent = self.layout_in(number), self.positions_in(number)
+        last = torch.zeros(layout.size, dtype=torch.float64) if state.aggregate is None else state.aggregate[sent]
+        centre = last if defence.around_aggregate else None
         requests = [
-            (Request(Purpose.TRAINING, number, plan.content_id, state.adapter_before(age), clip_norm, age), clients)
+            (Request(Purpose.TRAINING, number, plan.content_id, state.adapter_before(age), clip_norm, age, centre), clients)
             for age, clients in enumerate(self.delays.groups(exchange.names, state.round))
         ]
         size, noise = layout.size + plan.extra_coordinates, state.noise
         gather = self.method.gather
         if gather is not None and self.method.factors_in(number) != HEAD_ALONE:
-            return self._gathered(gather, state, self._reports(requests, permit, exchange, key, size=size), layout)
+            return self._gathered(gather, state, self._reported(requests, permit, exchange, key, size=size), layout)
+        parts: Iterable[Released]
         if plan.trust is Trust.LOCAL:
-            noised = self._reported(requests, permit, exchange, key, size=size)
+            parts = self._reported(requests, permit, exchange, key, size=size)
         else:
-            total = self._collected(requests, exchange, key, size=size, bound=plan.sensitivity(clip_norm))
-            released, noise = plan.release(total, noise, permit=permit, rng=key)
-            noised = released.value
-        mean, extra = torch.tensor_split(noised / plan.divisor, [layout.size])
+            sums = self._collected(requests, exchange, key, size=size, bound=plan.sensitivity(clip_norm), defence=defence)
+            released, noise = plan.release(sums, noise, permit=permit, rng=key)
+            parts = [replace(released, value=part) for part in released.value.reshape(defence.groups, size)]
+        last = torch.nn.functional.pad(last, (0, plan.extra_coordinates))
+        found = defence.aggregate(parts, plan=plan, method=self.method, last=last, rng=key)
+        mean, extra = torch.tensor_split(found, [layout.size])
         adapter, optimizer = self._step(state, mean, layout)
-        earlier = self.delays.remember(state.adapter, state.earlier, (name for name, _ in self.layout.entries))
-        following = ServerState(number, adapter, optimizer, plan.clip_norm_after(clip_norm, extra), noise, earlier)
+        following = ServerState(
+            number,
+            adapter,
+            optimizer,
+            plan.clip_norm_after(clip_norm, extra),
+            noise=noise,
+            earlier=self.delays.remember(state.adapter, state.earlier, (name for name, _ in self.layout.entries)),
+            aggregate=None if state.aggregate is None else state.aggregate.index_copy(0, sent, mean),
+        )
         return following, float(torch.linalg.vector_norm(mean))
 
     def _gathered(
-        self, gather: Gather, state: ServerState, reports: Iterator[Tensor], layout: Layout
+        self, gather: Gather, state: ServerState, reports: Iterator[Released], layout: Layout
     ) -> tuple[ServerState, float]:
         """As `run_round`, of the participants' noised changes `(d,)` one by one.
 
@@ -201,15 +227,16 @@ class Server:
                 f"{self.method.name} combines the adapters of single participants, which noise on their sum does not protect: it "
                 'needs a plan with trust = "local"'
             )
-        adapters, total = [], torch.zeros(layout.size, dtype=torch.float64)
+        adapters, changes = [], torch.zeros(layout.size, dtype=torch.float64)
         for position, report in enumerate(reports):
+            change = report.value if bool(report.value.isfinite().all()) else torch.zeros_like(report.value)
             start = replace(state, adapter=truncated(state.adapter, self.ranks[position])) if self.ranks else state
-            adapters.append(self._step(start, report * (plan.sites / plan.divisor), layout)[0])
-            total += report
+            adapters.append(self._step(start, change * (plan.sites / plan.divisor), layout)[0])
+            changes += change
         if len(adapters) != plan.sites:
             raise PrivacyError(f"{len(adapters)} reports of {plan.sites}: {self.method.name} combines those of all participants")
         adapter = gather(state.adapter, adapters, self.seed + number)
-        return replace(state, round=number, adapter=adapter), float(torch.linalg.vector_norm(total / plan.divisor))
+        return replace(state, round=number, adapter=adapter), float(torch.linalg.vector_norm(changes / plan.divisor))
 
     def _step(self, state: ServerState, mean: Tensor, layout: Layout) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """The next adapter and optimiser state, given the released mean of the tensors of `layout`."""
@@ -230,32 +257,33 @@ class Server:
         request = Request(Purpose.EVALUATION, state.round, self.plan.content_id, state.adapter, state.clip_norm)
         everybody = [(request, range(len(exchange.names)))]
         if self.plan.trust is Trust.LOCAL:
-            return evaluation.metrics(self._reported(everybody, permit, exchange, key, size=evaluation.SIZE))
-        total = self._collected(everybody, exchange, key, size=evaluation.SIZE, bound=evaluation.BOUND)
-        released = evaluation.mechanism.release(total, charged=evaluation.event, permit=permit, rng=key)
+            return evaluation.metrics(
+                total(self._reported(everybody, permit, exchange, key, size=evaluation.SIZE), evaluation.SIZE)
+            )
+        scores = self._collected(everybody, exchange, key, size=evaluation.SIZE, bound=evaluation.BOUND, defence=UNDEFENDED)
+        released = evaluation.mechanism.release(scores, charged=evaluation.event, permit=permit, rng=key)
         return evaluation.metrics(released.value)
 
-    def _collected(self, requests: Requests, exchange: Exchange, key: SecureRandom, *, size: int, bound: float) -> BoundedSum:
-        """Sum `(size,)` over the cohort, without noise."""
+    def _collected(
+        self, requests: Requests, exchange: Exchange, key: SecureRandom, *, size: int, bound: float, defence: Defence
+    ) -> BoundedSum:
+        """Sums `(size,)` over the cohort's members in each of g groups side by side, `(g size,)`, without noise."""
         cohort: Sequence[int] = range(len(exchange.names))  # each client samples, or holds out, its own examples
         first, _ = requests[0]
         if first.purpose is Purpose.TRAINING and self.plan.unit is PrivacyUnit.CLIENT:
             cohort = self.plan.draw(cohort, key.derive("cohort"), number=first.round).tolist()
-        chosen, stream = set(cohort), key.derive("clients")
-        replies = (exchange(request, [client for client in clients if client in chosen], stream) for request, clients in requests)
-        return BoundedSum.merge(chain.from_iterable(replies), size=size, clip_norm=bound)
+        stream, sums = key.derive("clients"), []
+        for group in defence.deal(cohort, len(exchange.names), key.derive("groups")):
+            members = set(group)
+            asked = [(request, [client for client in clients if client in members]) for request, clients in requests]
+            replies = (exchange(request, clients, stream) for request, clients in asked)
+            sums.append(BoundedSum.merge(chain.from_iterable(replies), size=size, clip_norm=bound))
+        return BoundedSum.in_blocks(sums, size=size, clip_norm=bound)
 
-    def _reported(self, requests: Requests, permit: Permit, exchange: Exchange, key: SecureRandom, *, size: int) -> Tensor:
-        """Sum `(size,)` of what all participants send with noise of their own (trust = "local")."""
-        total = torch.zeros(size, dtype=torch.float64)
-        for report in self._reports(requests, permit, exchange, key, size=size):
-            total += report
-        return total
-
-    def _reports(
+    def _reported(
         self, requests: Requests, permit: Permit, exchange: Exchange, key: SecureRandom, *, size: int
-    ) -> Iterator[Tensor]:
-        """What the participants send, `(size,)` each, request by request and in their order."""
+    ) -> Iterator[Released]:
+        """What all participants send with noise of their own (trust = "local"), each `(size,)`, request by request."""
         if len(exchange.names) != self.plan.sites:
             raise PrivacyError(f"{len(exchange.names)} participants, but the plan says {self.plan.sites}; nothing was sent")
         names, sites = exchange.names, permit.divide(key, exchange.names)
@@ -263,7 +291,7 @@ class Server:
         for reply in chain.from_iterable(replies):
             if reply.value.shape != (size,):
                 raise PrivacyError(f"a report of shape {tuple(reply.value.shape)} cannot enter a sum of {size} coordinates")
-            yield reply.value
+            yield reply
 
     def report(
         self, state: ServerState, ledger: Ledger, *, update_norm: float, clip_norm: float, scores: Mapping[str, float]

@@ -23,6 +23,7 @@ from dp_federated_lora.lab.sections import (
     MethodSection,
     ModelSection,
     PrivacySection,
+    RobustSection,
     RunSection,
     Section,
     TrainingSection,
@@ -55,12 +56,14 @@ class Config(Section):
     method: MethodSection = MethodSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection | None = None
+    robust: RobustSection | None = None
     run: RunSection
     ledger: LedgerSection | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         problems = [*self._privacy_problems(), *self._task_problems(), *self._federation_problems()]
+        problems += self._robust_problems(self.robust) if self.robust and not problems else []
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -236,6 +239,32 @@ class Config(Section):
                 "federation.max_staleness: reports of different age weigh differently, and privacy.shuffler hides a report only "
                 "among others of its kind; remove one of the two"
             )
+        return problems
+
+    def _robust_problems(self, section: RobustSection) -> list[str]:
+        problems, clients, local = [], self.federation.clients, self.privacy.trust == "local"
+        if section.rule is None:
+            if not section.clip_around_aggregate:
+                problems.append("robust: give a rule, clip_around_aggregate = true, or both; or remove the section")
+            if section.byzantine or section.before or section.parameters or section.groups:
+                problems.append("robust.byzantine, before, parameters, groups: belong to a rule; give one or remove them")
+        else:
+            if local == (section.groups is not None):
+                problems.append(
+                    'robust.groups: with trust = "central" a rule sees the noised sums of groups and needs their number, with '
+                    '"local" it sees the reports of participants and has no groups'
+                )
+            if clients % (section.groups or 1):
+                problems.append(f"robust.groups: must divide federation.clients = {clients}, so that groups have one size")
+            if self.privacy.clip_quantile is not None:
+                problems.append(
+                    "privacy.clip_quantile: the count of bits would have the noise of each group, and liars would move the clip "
+                    "norm; use a fixed one with robust.rule"
+                )
+        if not problems:
+            from dp_federated_lora.lab.workbench import defence_problem  # noqa: PLC0415  (torch takes seconds to import)
+
+            problems += defence_problem(self)
         return problems
 
     @property

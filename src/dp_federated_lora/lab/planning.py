@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
-from dp_federated_lora.federated import Server
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.shuffling import shuffled_gaussian_epsilon
-from dp_federated_lora.lab.workbench import Workbench, participant_ranks, privacy_plan, server_optimizer, unit_notes
+from dp_federated_lora.lab.workbench import Workbench, defence_notes, privacy_plan, unit_notes
 from dp_federated_lora.privacy import PrivacyPlan, Spend, StatementRow, state_privacy
 
 
@@ -23,6 +22,7 @@ class RunPlan:
         trainable_fraction: their share of the base model.
         bytes_per_client_round: adapter bytes to a client and back; fewer in rounds that train the head alone.
         noise_norm: expected L2 norm of the noise in a round's mean update.
+        groups: whose sums are released one by one, for a robust rule; 1 without.
         statement: what the run would end with.
     """
 
@@ -31,6 +31,7 @@ class RunPlan:
     trainable_fraction: float
     bytes_per_client_round: int
     noise_norm: float
+    groups: int
     statement: tuple[StatementRow, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -46,6 +47,7 @@ class RunPlan:
             "clip_norm": self.privacy.clip_norm,
             "trust": self.privacy.trust.value,
             "noise_sources": self.privacy.sites,
+            "groups": self.groups,
             "trainable_parameters": self.trainable_parameters,
             "trainable_fraction": self.trainable_fraction,
             "bytes_per_client_round": self.bytes_per_client_round,
@@ -72,7 +74,8 @@ def statement_json(statement: tuple[StatementRow, ...]) -> list[dict[str, Any]]:
 
 def statement_at(config: Config, plan: PrivacyPlan, spend: Spend) -> tuple[StatementRow, ...]:
     """The statement of a run of this configuration and plan that has spent `spend`."""
-    rows = state_privacy(plan, spend=spend, insecure=config.run.insecure_seed is not None, notes=unit_notes(config))
+    notes = unit_notes(config) + defence_notes(config)
+    rows = state_privacy(plan, spend=spend, insecure=config.run.insecure_seed is not None, notes=notes)
     return (*rows, _behind_the_shuffler(rows[0], plan, spend)) if config.privacy.shuffler else rows
 
 
@@ -99,8 +102,7 @@ def plan_run(config: Config) -> RunPlan:
     """Plan a run: calibrate noise and count what is trained. Loads the model, touches no training data."""
     bench = Workbench.of(config)
     plan = privacy_plan(config)
-    server, _ = Server.of(bench.model, plan, bench.method, server_optimizer(config))
-    server = replace(server, ranks=participant_ranks(config))
+    server, _ = bench.server(plan)
     whole = Spend(plan.epsilon_after(plan.rounds), plan.budget.delta, plan.rounds, plan.rounds)
     statement = statement_at(config, plan, whole)
     return RunPlan(
@@ -109,5 +111,6 @@ def plan_run(config: Config) -> RunPlan:
         trainable_fraction=bench.trainable_fraction,
         bytes_per_client_round=server.bytes_per_client(plan.rounds),
         noise_norm=server.noise_norm(plan.rounds, plan.clip_norm),
+        groups=server.defence.groups,
         statement=statement,
     )

@@ -7,14 +7,13 @@ import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import BudgetExhausted, CheckpointError, ConfigError, RunInterrupted
 from dp_federated_lora.federated import (
-    Delays,
     Exchange,
     Purpose,
     RoundKeyFile,
@@ -29,15 +28,7 @@ from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.ledgers import LifetimeBudgets
 from dp_federated_lora.lab.planning import participation_in_words, participation_json, statement_at, statement_json
 from dp_federated_lora.lab.stopping import reason_to_stop
-from dp_federated_lora.lab.workbench import (
-    Workbench,
-    data_id,
-    head_scale,
-    participant_ranks,
-    participant_tiers,
-    privacy_plan,
-    server_optimizer,
-)
+from dp_federated_lora.lab.workbench import Workbench, data_id, defence_in_words, participant_tiers, privacy_plan
 from dp_federated_lora.monitoring.log import open_log
 from dp_federated_lora.monitoring.metrics import MetricsFile, read_metrics
 from dp_federated_lora.monitoring.report import TRAINED_SHARE, AuditFigures, render_report
@@ -148,11 +139,7 @@ class Run:
         self._probe = self._bench.test_examples(limit=config.run.evaluate_examples)
         sets = [examples for client in clients for examples in (client.examples, client.held_out)]
         self._prepare(sets if self._probe is None else [*sets, self._probe])
-        server, self._state = Server.of(
-            self._bench.model, self._plan, self._bench.method, server_optimizer(config), head_scale=head_scale(config)
-        )
-        seed, ranks = config.run.seed, participant_ranks(config)
-        server = replace(server, delays=Delays(config.federation.max_staleness, seed), ranks=ranks, seed=seed)
+        server, self._state = self._bench.server(self._plan)
         self._exchange, self._server = instrument(Simulator(clients, self._bench.learner), server)
         self._ledger = Ledger.open(directory.ledger, budget=self._plan.budget, owner=OWNER)
         self._lifetime = LifetimeBudgets.open(config)
@@ -291,6 +278,7 @@ class Run:
             "trust": self._plan.trust.value,
             "noise_multiplier": self._plan.mechanism.noise_multiplier,
             "noise_sources": self._plan.sites,
+            "groups": self._server.defence.groups,
             "sampling_rate": self._plan.sampler.sampling_rate,
             **participation_json(self._plan),
             "clip_norm": self._plan.clip_norm,
@@ -320,6 +308,7 @@ class Run:
                 **({"Delay of participants": f"0 to {delay} server steps"} if (delay := config.federation.max_staleness) else {}),
                 "Noise multiplier": f"{plan.mechanism.noise_multiplier:.4f}",
                 "Noise added by": f"each of {plan.sites:,} participants" if plan.trust is Trust.LOCAL else "the server",
+                **({"Against liars": defence_in_words(config)} if config.robust else {}),
                 "Sampling rate": f"{plan.sampler.sampling_rate:g}",
                 "Clip norm": f"{plan.clip_norm:g}",
                 "Rounds of a unit": participation_in_words(plan),

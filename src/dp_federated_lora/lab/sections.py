@@ -202,6 +202,23 @@ class EvaluationSection(Section):
     loss_cap: Positive = 4.0
 
 
+class RobustSection(Section):
+    """[robust]: what is done about participants who lie; docs/robust.md has the choices and their price.
+
+    `rule` combines noised means, up to `byzantine` of which may be lies; `before` names stages before it, and `parameters` are
+    theirs by name. With trust = "central" these are the means of `groups` equal groups of participants, dealt anew in each round,
+    and the noise of their mean is sqrt(groups) times as large; with "local" they are the participants' own reports.
+    `clip_around_aggregate` has clients clip their difference from the last aggregate: it costs nothing.
+    """
+
+    rule: str | None = None
+    byzantine: Annotated[int, Field(ge=0)] = 0
+    before: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    parameters: dict[str, int | float] = {}
+    groups: Annotated[int, Field(ge=2)] | None = None
+    clip_around_aggregate: bool = False
+
+
 class RunSection(Section):
     """[run]: where results go, public randomness, and how often public test data is scored.
 

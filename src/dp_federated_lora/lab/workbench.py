@@ -24,8 +24,8 @@ from dp_federated_lora.data import (
     tokenize_causal,
     tokenize_classification,
 )
-from dp_federated_lora.errors import ConfigError
-from dp_federated_lora.federated import Client
+from dp_federated_lora.errors import AggregationError, ConfigError, IncompatiblePlan
+from dp_federated_lora.federated import Client, Defence, Delays, Server, ServerState
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.factorisation import optimise_bands, optimise_buffers
 from dp_federated_lora.lora import AdaptedModel, Factor, Task, TextClassifier, adapt, load_backbone
@@ -103,6 +103,57 @@ def _adaptive_clip(config: Config) -> AdaptiveClip | None:
         return None
     cohort = privacy.sampling_rate * config.population
     return AdaptiveClip(quantile=privacy.clip_quantile, learning_rate=0.2, bit_noise=cohort / 20.0)
+
+
+def defence(config: Config) -> Defence:
+    """What is done about participants who lie."""
+    section = config.robust
+    if section is None:
+        return Defence()
+    return Defence(
+        rule=section.rule,
+        f=section.byzantine,
+        before=section.before,
+        parameters=section.parameters,
+        groups=section.groups or 1,
+        around_aggregate=section.clip_around_aggregate,
+    )
+
+
+def defence_problem(config: Config) -> list[str]:
+    """Why a round could not be aggregated as [robust] says; empty if it can."""
+    sources = config.federation.clients if config.privacy.trust == "local" else defence(config).groups
+    try:
+        defence(config).require(METHODS[config.method.name], sources)
+    except (AggregationError, IncompatiblePlan) as error:
+        return [f"robust: {error}"]
+    return []
+
+
+def defence_in_words(config: Config) -> str:
+    """The defence and the price of its groups."""
+    chosen, words = defence(config), list[str]()
+    if chosen.rule is not None:
+        over = f"{chosen.groups} groups, noise x {chosen.price:.4g}" if chosen.groups > 1 else "participants' reports"
+        words.append(f"{' + '.join((*chosen.before, chosen.rule))} over {over}; at most {chosen.f} lie")
+    if chosen.around_aggregate:
+        words.append("clips around the last aggregate")
+    return "; ".join(words)
+
+
+def defence_notes(config: Config) -> tuple[str, ...]:
+    """What a defence means for the guarantee, and what it costs."""
+    section, notes = config.robust, list[str]()
+    if section is not None and section.groups is not None:
+        notes.append(
+            f"a round releases the sums of {section.groups} groups of participants, each with the noise of a whole round; a unit "
+            "is in one group, so this costs what one sum costs in privacy; in utility, the mean over groups has sqrt(groups) = "
+            f"{defence(config).price:.4g} times the noise of one sum"
+        )
+    if section is not None and section.rule is not None:
+        notes.append(f"the robust rule ({section.rule}) sees noised values alone; that at most {section.byzantine} participants")
+        notes[-1] += " lie is assumed for utility and not for privacy"
+    return tuple(notes)
 
 
 def unit_notes(config: Config) -> tuple[str, ...]:
@@ -203,6 +254,20 @@ class Workbench:
         if config.training.head_start == "labels":
             model.load({"head.weight": head_of_labels(model, tokenizer, config.data.labels)})
         return cls(config, model, learner, method, tokenizer)
+
+    def server(self, plan: PrivacyPlan) -> tuple[Server, ServerState]:
+        """The server of a run by `plan`, and its state before the first round."""
+        config = self.config
+        server, state = Server.of(
+            self.model,
+            plan,
+            self.method,
+            server_optimizer(config),
+            head_scale=head_scale(config),
+            defence=defence(config),
+        )
+        delays = Delays(config.federation.max_staleness, config.run.seed)
+        return replace(server, delays=delays, ranks=participant_ranks(config), seed=config.run.seed), state
 
     @property
     def trainable_fraction(self) -> float:

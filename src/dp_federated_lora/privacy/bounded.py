@@ -7,7 +7,7 @@ averaging or logging a clipped value is not something they can do. Only the kern
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NewType, NoReturn, Self, final
 
@@ -61,7 +61,7 @@ class Bounded(_Sealed):
 class BoundedSum(_Sealed):
     """Sum over distinct units; adding or removing one unit moves it by at most clip_norm in L2.
 
-    Made by `collect`, `clip_examples` and `merge` only.
+    Made by `collect`, `clip_examples`, `merge` and `in_blocks` only.
     """
 
     __slots__ = ("_units", "_value", "clip_norm")
@@ -92,6 +92,16 @@ class BoundedSum(_Sealed):
             PrivacyError: if a sum has another clip norm or size.
         """
         return cls._sum(((s._value, s.clip_norm, s._units) for s in sums), size, clip_norm)
+
+    @classmethod
+    def in_blocks(cls, sums: Sequence[BoundedSum], *, size: int, clip_norm: float) -> Self:
+        """Sums over disjoint sets of units side by side, `(g size,)`: a unit is in one block, and moves all by clip_norm at most.
+
+        Raises:
+            DuplicateContribution, PrivacyError: as `merge`.
+        """
+        units = cls.merge(sums, size=size, clip_norm=clip_norm)._units
+        return cls(_SEAL, torch.cat([part._value for part in sums]), clip_norm, units)
 
     @classmethod
     def _sum(cls, parts: Iterable[tuple[Tensor, float, frozenset[UnitId]]], size: int, clip_norm: float) -> Self:

@@ -26,19 +26,19 @@ class Simulator:
     def __init__(self, clients: Sequence[Client], learner: Learner) -> None:
         if len({client.name for client in clients}) != len(clients):
             raise ConfigError("client names must be unique: one participant would count twice in a sum")
-        self._clients = tuple(clients)
-        self._learner = learner
+        self.clients = tuple(clients)
+        self.learner = learner
 
     @property
     def names(self) -> Sequence[str]:
         """All participants, in order."""
-        return [client.name for client in self._clients]
+        return [client.name for client in self.clients]
 
     def __call__(self, request: Request, clients: Sequence[int], rng: SecureRandom) -> Iterator[BoundedSum]:
         """Replies one at a time, so that memory does not grow with the cohort."""
         for index in clients:
-            client = self._clients[index]
-            yield handle(request, client, self._learner, rng.derive(client.name))
+            client = self.clients[index]
+            yield handle(request, client, self.learner, rng.derive(client.name))
 
     def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
         """Noised replies one at a time.
@@ -46,6 +46,6 @@ class Simulator:
         A client's permit and stream are made of the round's, so that a killed round is re-created; they stand for an entry in
         the client's own ledger and for entropy of its own machine.
         """
-        for client in (client for client in self._clients if client.name in sites):
+        for client in (client for client in self.clients if client.name in sites):
             permit, rng = sites[client.name]
-            yield report(request, client, self._learner, permit, rng)
+            yield report(request, client, self.learner, permit, rng)

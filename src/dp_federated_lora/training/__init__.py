@@ -2,6 +2,6 @@
 
 from dp_federated_lora.training.evaluation import evaluate_model, example_scores
 from dp_federated_lora.training.learner import Learner
-from dp_federated_lora.training.local import LocalSteps, example_gradient_sum, local_update
+from dp_federated_lora.training.local import LocalSteps, example_gradients, local_update
 
-__all__ = ("Learner", "LocalSteps", "evaluate_model", "example_gradient_sum", "example_scores", "local_update")
+__all__ = ("Learner", "LocalSteps", "evaluate_model", "example_gradients", "example_scores", "local_update")

@@ -1,8 +1,8 @@
-"""What a client computes on its own examples: a local update, or a sum of clipped example gradients."""
+"""What a client computes on its own examples: a local update, or gradients of single examples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dp_federated_lora.data import Examples
-from dp_federated_lora.privacy import BoundedSum, PrivacyPlan, UnitId
+from dp_federated_lora.privacy import UnitId
 from dp_federated_lora.training.gradients import ExampleGradients
 from dp_federated_lora.training.learner import Learner
 from dp_federated_lora.vector import Layout
@@ -84,36 +84,18 @@ def local_update(
     return layout.flatten({name: p.detach() for name, p in trained.items()}) - layout.flatten(start)
 
 
-def example_gradient_sum(
-    learner: Learner,
-    trained: Mapping[str, nn.Parameter],
-    examples: Examples,
-    chosen: Sequence[int],
-    *,
-    plan: PrivacyPlan,
-    clip_norm: float,
-    owner: str,
-    tier: int = 0,
-    weight: float = 1.0,
-) -> BoundedSum:
-    """Sum over `chosen` examples of NEGATIVE gradients, each clipped as the plan says: a step, like a local update.
+def example_gradients(
+    learner: Learner, trained: Mapping[str, nn.Parameter], examples: Examples, chosen: Sequence[int], owner: str
+) -> Iterator[tuple[Tensor, list[UnitId]]]:
+    """NEGATIVE gradients `(B, d)` of `chosen` examples, steps like local updates, batch by batch with their units.
 
     Args:
         learner: the model at the global adapter.
         trained: trained parameters by name; they define the layout.
         examples: the client's examples.
         chosen: indices of the sampled ones.
-        plan: how contributions are bounded.
-        clip_norm: C of this round.
         owner: the client's name, so that its units differ from everyone else's.
-        tier: the group of budgets of the client.
-        weight: of the client's contribution, as `PrivacyPlan.clip`.
     """
-    size = Layout.of(trained).size + plan.extra_coordinates
-    sums = []
     with ExampleGradients(learner.model.module, trained) as gradients:
         for batch in learner.batches(examples, chosen):
-            units = [UnitId(f"{owner}/{examples.units[i]}") for i in batch]
-            rows = gradients.rows(-learner.losses(examples, batch))
-            sums.append(plan.clip(rows, clip_norm, units, tier=tier, weight=weight))
-    return BoundedSum.merge(sums, size=size, clip_norm=plan.sensitivity(clip_norm))
+            yield gradients.rows(-learner.losses(examples, batch)), [UnitId(f"{owner}/{examples.units[i]}") for i in batch]

@@ -64,6 +64,11 @@ class LinearMethod:
             return HEAD_ALONE
         return self.turns[(number - self.head_rounds - 1) % len(self.turns)] if self.turns else self.factors
 
+    @property
+    def fixed_gauge(self) -> bool:
+        """Whether no round sends both factors: then nobody can send the same adapter in other numbers, (c B, A / c)."""
+        return not any(sent >= {Factor.A, Factor.B} for sent in self.turns or (self.factors,))
+
     def local_factors(self, number: int) -> tuple[Factors, ...]:
         """What the local steps of round `number` train, in turn."""
         sent = self.factors_in(number)

@@ -23,14 +23,22 @@ class Stage(NamedTuple):
         apply: called with points, f, and the parameters that its signature names.
         condition: on f bad points of n, in words.
         most: the largest f that it bears for n; below zero if n is too small for any.
+        left: how many points a stage makes of n, given the parameters.
     """
 
     apply: Callable[..., Any]
     condition: str
     most: Callable[[int], int]
+    left: Callable[[int, Mapping[str, Any]], int] = lambda n, _: n
+
+
+def _searched(n: int) -> int:
+    """The largest f below n / 2 for which there are few enough subsets of n - f to look at them all."""
+    return next((f for f in range((n - 1) // 2, -1, -1) if math.comb(n, f) <= rules.MOST_SUBSETS), -1) if n else -1
 
 
 _MINORITY: Final = ("2 f < n", lambda n: (n - 1) // 2)
+_SUBSETS: Final = (f"2 f < n and at most {rules.MOST_SUBSETS:,} subsets of n - f", _searched)
 _NOT_ALL: Final = ("f < n", lambda n: n - 1)
 
 RULES: Final[Mapping[str, Stage]] = {
@@ -43,15 +51,15 @@ RULES: Final[Mapping[str, Stage]] = {
     "bulyan": Stage(rules.bulyan, "4 f + 3 <= n", lambda n: (n - 3) // 4),
     "geometric_median": Stage(rules.geometric_median, *_MINORITY),
     "centered_clipping": Stage(rules.centered_clipping, *_MINORITY),
-    "mda": Stage(rules.mda, *_MINORITY),
-    "smea": Stage(rules.smea, *_MINORITY),
+    "mda": Stage(rules.mda, *_SUBSETS),
+    "smea": Stage(rules.smea, *_SUBSETS),
     "caf": Stage(rules.caf, *_MINORITY),
     "dnc": Stage(rules.dnc, *_MINORITY),
     "fltrust": Stage(rules.fltrust, *_NOT_ALL),
 }
 BEFORE: Final[Mapping[str, Stage]] = {
     "nnm": Stage(preaggregators.nnm, *_MINORITY),
-    "bucketing": Stage(preaggregators.bucketing, *_NOT_ALL),
+    "bucketing": Stage(preaggregators.bucketing, *_NOT_ALL, left=lambda n, given: math.ceil(n / given["bucket"])),
     "arc": Stage(preaggregators.arc, *_MINORITY),
     "clip": Stage(preaggregators.clip, *_NOT_ALL),
 }
@@ -93,6 +101,18 @@ class RobustAggregator:
         for name, value in self.parameters.items():
             if isinstance(value, int | float) and not 0 < value < math.inf:
                 raise AggregationError(f"{name} must be positive and finite, got {value}")
+            if isinstance(value, float) and asked[name].annotation == "int":
+                raise AggregationError(f"{name} is a whole number, got {value}")
+
+    def require(self, n: int, f: int) -> None:
+        """Raise AggregationError if f bad ones of n updates are more than a stage bears."""
+        for name, stage in self._stages().items():
+            if f > stage.most(n):
+                raise AggregationError(
+                    f"{name} needs {stage.condition}, but f = {f} of n = {n} updates may be bad: give an f of at most "
+                    f"{max(stage.most(n), 0)}, collect more updates, or choose another rule"
+                )
+            n = stage.left(n, self.parameters)
 
     def __call__(self, updates: Updates) -> Tensor:
         """The aggregate `(d,)` float64 of the updates that have arrived.
@@ -104,13 +124,9 @@ class RobustAggregator:
             AggregationError: if f is more than a stage bears.
         """
         f = max(self.f - updates.non_finite - updates.duplicates, 0)
+        self.require(len(updates), f)
         result: Any = updates.points()
-        for name, stage in self._stages().items():
-            if f > stage.most(n := result.count):
-                raise AggregationError(
-                    f"{name} needs {stage.condition}, but f = {f} of n = {n} updates may be bad: give an f of at most "
-                    f"{max(stage.most(n), 0)}, collect more updates, or choose another rule"
-                )
+        for stage in self._stages().values():
             given = {key: value for key, value in self.parameters.items() if key in _parameters(stage)}
             result = stage.apply(result, f, **given)
         vector: Tensor = result

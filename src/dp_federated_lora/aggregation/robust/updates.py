@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dp_federated_lora.aggregation.lora.methods import LinearMethod
 from dp_federated_lora.errors import AggregationError, IncompatiblePlan
-from dp_federated_lora.lora import Factor
 from dp_federated_lora.privacy import Released
 
 Array = NDArray[np.float64]
@@ -131,7 +130,7 @@ class Updates:
     """
 
     def __init__(self, method: LinearMethod, reference: Tensor, capacity: int) -> None:
-        if any(sent >= {Factor.A, Factor.B} for sent in method.turns or (method.factors,)):
+        if not method.fixed_gauge:
             raise IncompatiblePlan(
                 f"robust rules compare updates, and method {method.name!r} sends both factors: (c B, A / c) is the same adapter "
                 "as (B, A), so a client could choose how far from the others it seems and pull the average; use a method that "
