@@ -61,8 +61,8 @@ class Defence:
         """
         if self.active and method.gather is not None:
             raise IncompatiblePlan(
-                f"method {method.name!r} combines whole adapters in its own way, and no rule can take its place; use 'ffa', or no "
-                "defence"
+                f"method {method.name!r} combines whole adapters in its own way, and no rule can take its place; use 'ffa', or "
+                "no defence"
             )
         if self.active and method.settle is not None:
             raise IncompatiblePlan(

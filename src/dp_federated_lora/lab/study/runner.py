@@ -50,10 +50,11 @@ class SharedBench:
 
 def bench_key(config: Config) -> str:
     """What decides model and prepared examples."""
-    cores = Factor.CORE in METHODS[config.method.name].factors
+    method = METHODS[config.method.name]
+    layers = (Factor.CORE in method.factors, Factor.INCREMENT in method.settles)
     training, run = config.training, config.run
     head = (training.head_rounds > 0, training.head_start)
-    return repr((cores, head, config.model, config.lora, config.data, training.batch_tokens, run.seed, run.threads))
+    return repr((layers, head, config.model, config.lora, config.data, training.batch_tokens, run.seed, run.threads))
 
 
 def run_study(cells: Sequence[Cell], folder: Path, *, on_cell: Callable[[Cell, int, int], None] = lambda *_: None) -> None:
