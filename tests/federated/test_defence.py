@@ -98,7 +98,7 @@ def after(path: Path, exchange: Ten, defence: Defence, *, rounds: int = 1) -> Af
     plan, size = exchange.plan, len(exchange.values[-1])
     server = Server(plan=plan, method=FFA, optimizer=Sgd(1.0), layout=Layout((("lora_B", (size,)),)), defence=defence)
     last = torch.zeros(size, dtype=torch.float64) if defence.active else None
-    state = ServerState(0, {"lora_B": torch.zeros(size)}, Sgd(1.0).init(size), plan.clip_norm, {}, last)
+    state = ServerState(0, {"lora_B": torch.zeros(size)}, Sgd(1.0).init(size), plan.clip_norm, aggregate=last)
     ledger = Ledger.open(path / f"{len(list(path.iterdir()))}.sqlite", budget=plan.budget, owner="t")
     for number in range(1, rounds + 1):
         key = SecureRandom.insecure_from(number)
@@ -243,7 +243,7 @@ def test_a_round_uses_and_changes_the_aggregate_of_what_it_sends_alone(tmp_path:
     server = Server(plan=plan, method=replace(FFA, head_rounds=1), optimizer=Sgd(1.0), layout=layout, defence=CENTRED)
     adapter = {"lora_B": torch.zeros(30), "head.weight": torch.zeros(D - 30)}
     last, key = torch.full((D,), 0.01, dtype=torch.float64), SecureRandom.insecure_from(1)
-    state = ServerState(0, adapter, Sgd(1.0).init(D), 2.0, {}, last)
+    state = ServerState(0, adapter, Sgd(1.0).init(D), 2.0, aggregate=last)
     ledger = Ledger.open(tmp_path / "l.sqlite", budget=plan.budget, owner="t")
     state, _ = server.run_round(state, server.reserve(state, ledger, key), Ten(LARGE[30:]), key)
     assert torch.equal(state.aggregate[:30], last[:30])
