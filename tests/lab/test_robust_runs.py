@@ -22,7 +22,7 @@ from dp_federated_lora.lab.attestation import Attestation
 from dp_federated_lora.lab.config import Config, load_config, parse_config
 from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.run import Run, TrainResult
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan, server_optimizer
+from dp_federated_lora.lab.workbench import Workbench, privacy_plan
 from dp_federated_lora.privacy import BoundedSum, Ledger, Permit, Released, SecureRandom
 from dp_federated_lora.runtime import Simulator
 from saved import adapter, same
@@ -213,7 +213,7 @@ def engine(ten: Raw) -> Engine:
     ten["privacy"]["clip_norm"] = 1e3
     config = parse_config(ten, where="t")
     bench, plan = Workbench.of(config), privacy_plan(config)
-    server, state = Server.of(bench.model, plan, bench.method, server_optimizer(config))
+    server, state = bench.server(plan)
     request = Request(Purpose.TRAINING, 1, plan.content_id, state.adapter, 1e3)
     return Engine(Simulator(bench.clients(plan), bench.learner), server, request, SecureRandom.insecure_from(1))
 

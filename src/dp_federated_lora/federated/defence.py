@@ -80,10 +80,10 @@ class Defence:
                 f"{self.f} liars can spoil as many of {sources} groups, half of them or more: take more groups"
             )
 
-    def deal(self, cohort: Sequence[int], roster: int, rng: SecureRandom) -> list[list[int]]:
+    def deal(self, cohort: Sequence[int], roster: int, rng: SecureRandom) -> list[set[int]]:
         """The members of `cohort` in each of g groups, dealt by a secret permutation of the public roster of that size."""
         group = rng.uint64(roster).argsort() % self.groups
-        return [[index for index in cohort if group[index] == number] for number in range(self.groups)]
+        return [{index for index in cohort if group[index] == number} for number in range(self.groups)]
 
     def aggregate(
         self, parts: Iterable[Released], *, plan: PrivacyPlan, method: LinearMethod, last: Tensor, rng: SecureRandom

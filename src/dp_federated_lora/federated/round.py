@@ -273,8 +273,7 @@ class Server:
         if first.purpose is Purpose.TRAINING and self.plan.unit is PrivacyUnit.CLIENT:
             cohort = self.plan.draw(cohort, key.derive("cohort"), number=first.round).tolist()
         stream, sums = key.derive("clients"), []
-        for group in defence.deal(cohort, len(exchange.names), key.derive("groups")):
-            members = set(group)
+        for members in defence.deal(cohort, len(exchange.names), key.derive("groups")):
             asked = [(request, [client for client in clients if client in members]) for request, clients in requests]
             replies = (exchange(request, clients, stream) for request, clients in asked)
             sums.append(BoundedSum.merge(chain.from_iterable(replies), size=size, clip_norm=bound))

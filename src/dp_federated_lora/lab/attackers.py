@@ -19,7 +19,7 @@ from torch import Tensor
 from dp_federated_lora.audit import byzantine
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import AuditError
-from dp_federated_lora.federated import Client, Exchange, Purpose, Request, Server, contributions, report
+from dp_federated_lora.federated import SYNCHRONOUS, Client, Exchange, Purpose, Request, Server, contributions, report
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.workbench import Workbench, privacy_plan
 from dp_federated_lora.privacy import BoundedSum, Ledger, Permit, Released, SecureRandom, UnitId
@@ -80,10 +80,12 @@ class Attackers:
         """The same engine with liars in it: an `instrument` of `lab.run.Run`.
 
         Raises:
-            AuditError: if a name is no participant's, all of them lie, or the engine is not a fresh `Simulator`.
+            AuditError: if a name is no participant's, all of them lie, or the engine is not a fresh `Simulator` without delays.
         """
         if not isinstance(exchange, Simulator):
             raise AuditError("liars know what everybody sends: they are played in the simulator, before anything else wraps it")
+        if server.delays != SYNCHRONOUS:
+            raise AuditError("liars answer to what others send in the same round: try attacks without federation.max_staleness")
         liars = [index for index, client in enumerate(exchange.clients) if client.name in self._names]
         if len(liars) != len(self._names) or not 0 < len(liars) < len(exchange.clients):
             raise AuditError(
@@ -123,7 +125,7 @@ class _Lying:
                 yield self._lie(request, index, rng.derive)
 
     def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
-        """Noised replies of all: a liar's noise is as it should be, so that its report looks like the others."""
+        """Noised replies: a liar's noise is as it should be, so that its report looks like the others."""
         for index, client in enumerate(self._inner.clients):
             permit, rng = sites[client.name]
             if request.purpose is Purpose.TRAINING and index in self._liars:
