@@ -9,8 +9,8 @@ releases, clipped to weight times C <= C. So, given the releases before it, rele
 sensitivity C, and adaptive composition does not mind how old the releases are that a contribution began with.
 
 FedBuff itself fills its buffer with whoever is ready first. Then speed decides who takes part; speed depends on the amount of
-data and is seen by others, so there are no secret coins and nothing is amplified. A server that works like that has to be
-planned with sampling_rate = 1.
+data and is seen by others, so there are no secret coins and nothing is amplified. Such a server has to be planned with
+sampling_rate = 1 and to close its buffer by the clock: closed at a number of contributions, one unit more keeps another out.
 """
 
 from __future__ import annotations
