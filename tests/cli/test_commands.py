@@ -35,14 +35,14 @@ def config_file(raw_config: Raw, tmp_path: Path) -> Path:
     return path
 
 
-COMMANDS = "recipes;init;plan;train;evaluate;audit;ledger show;ledger verify;ledger export;statement;verify".split(";")
+COMMANDS = "recipes;init;plan;train;evaluate;personal;audit;ledger show;ledger verify;ledger export;statement;verify".split(";")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str):
     text = run(*command.split(), "--help")
     assert f"Example: dpfl {command}" in text
-    assert "--json" in text or command in ("init", "ledger export")
+    assert "--json" in text or command in ("init", "personal", "ledger export")
 
 
 def test_the_help_lists_every_command():

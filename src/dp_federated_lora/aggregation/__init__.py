@@ -3,19 +3,24 @@
 from dp_federated_lora.aggregation.lora.factors import components, truncated
 from dp_federated_lora.aggregation.lora.gathered import Gather
 from dp_federated_lora.aggregation.lora.methods import FEDAVG, FFA, HEAD_ALONE, METHODS, LinearMethod
+from dp_federated_lora.aggregation.scaffold import CONTROL, LENGTH, Scaffold, control_after
 from dp_federated_lora.aggregation.server_optimizer import Adam, Ftrl, ServerOptimizer, Sgd
 
 __all__ = (
+    "CONTROL",
     "FEDAVG",
     "FFA",
     "HEAD_ALONE",
+    "LENGTH",
     "METHODS",
     "Adam",
     "Ftrl",
     "Gather",
     "LinearMethod",
+    "Scaffold",
     "ServerOptimizer",
     "Sgd",
     "components",
+    "control_after",
     "truncated",
 )

@@ -128,8 +128,9 @@ class _Recorded:
         return self._inner.reports(request, sites)
 
     def _note(self, request: Request) -> None:
-        adapter = {name: tensor.tolist() for name, tensor in request.adapter.items()}
-        self._transcript.requests.append(asdict(replace(request, adapter={})) | adapter)
+        tensors = {"": request.adapter, "control of ": request.control}
+        values = {f"{kind}{name}": tensor.tolist() for kind, each in tensors.items() for name, tensor in each.items()}
+        self._transcript.requests.append(asdict(replace(request, adapter={}, control={})) | values)
 
 
 @final

@@ -157,6 +157,18 @@ def evaluate(
     print_json(metrics) if as_json else show(f"{run}", {k: f"{v:.4f}" for k, v in metrics.items()})
 
 
+@app.command(epilog="Example: dpfl personal runs/first client-07 my-adapter")
+def personal(
+    run: RunPath,
+    client: Annotated[str, typer.Argument(help="Name of the participant.")],
+    out: Annotated[Path, typer.Argument(help="The new folder.")],
+) -> None:
+    """Write one participant's own adapter (method fedsa): for that participant alone, nothing protects it."""
+    from dp_federated_lora.lab.personal import personal_adapter  # noqa: PLC0415
+
+    typer.echo(f"Wrote {personal_adapter(run, client, out)}. NOT PRIVATE: its B has no noise and must not leave {client}.")
+
+
 @app.command(epilog="Example: dpfl audit newswire.toml --canaries 1000   or   dpfl audit runs/first")
 def audit(
     target: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A configuration file, or a run to take it from.")],

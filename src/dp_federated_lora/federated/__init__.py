@@ -9,12 +9,14 @@ from dp_federated_lora.federated.checkpoint import (
 )
 from dp_federated_lora.federated.client import Client, Purpose, Request, contributions, handle, report
 from dp_federated_lora.federated.defence import Defence
+from dp_federated_lora.federated.memory import ClientMemory
 from dp_federated_lora.federated.round import Exchange, RoundReport, Server
 from dp_federated_lora.federated.staleness import SYNCHRONOUS, Delays
 
 __all__ = (
     "SYNCHRONOUS",
     "Client",
+    "ClientMemory",
     "Defence",
     "Delays",
     "Exchange",

@@ -64,14 +64,8 @@ def write_checkpoint(path: Path, state: ServerState, *, run_id: str, ledger_head
     tensors["server/clip_norm"] = torch.tensor(state.clip_norm, dtype=torch.float64)
     if state.aggregate is not None:
         tensors["server/aggregate"] = state.aggregate
-    facts = {
-        "format": _FORMAT,
-        "round": str(state.round),
-        "run_id": run_id,
-        "ledger_head": ledger_head,
-        "digest": _digest(tensors),
-    }
-    write_durably(path, save(tensors, metadata=facts), mode=0o600)
+    facts = {"round": str(state.round), "run_id": run_id, "ledger_head": ledger_head}
+    write_durably(path, sealed(tensors, facts, kind=_FORMAT), mode=0o600)
 
 
 def read_checkpoint(path: Path, *, run_id: str) -> tuple[ServerState, str]:
@@ -80,15 +74,7 @@ def read_checkpoint(path: Path, *, run_id: str) -> tuple[ServerState, str]:
     Raises:
         CheckpointError: if it is missing, damaged, or of another run.
     """
-    fix = "restore the file from a backup of the run directory, or start a new run"
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"the checkpoint {path} cannot be read ({error}); {fix}") from error
-    if facts.get("format") != _FORMAT or facts.get("digest") != _digest(tensors):
-        raise CheckpointError(f"the checkpoint {path} is damaged: its content does not match its digest; {fix}")
+    facts, tensors = unsealed(path, kind=_FORMAT, what="checkpoint")
     if facts["run_id"] != run_id:
         raise CheckpointError(
             f"the checkpoint {path} belongs to configuration {facts['run_id'][:12]}, this run is {run_id[:12]}: "
@@ -108,6 +94,29 @@ def read_checkpoint(path: Path, *, run_id: str) -> tuple[ServerState, str]:
         aggregate=parts["server"].get("aggregate"),
     )
     return state, facts["ledger_head"]
+
+
+def sealed(tensors: Mapping[str, Tensor], facts: Mapping[str, str], *, kind: str) -> bytes:
+    """The content of a file of tensors and facts that `unsealed` accepts."""
+    return save(dict(tensors), metadata={**facts, "format": kind, "digest": _digest(tensors)})
+
+
+def unsealed(path: Path, *, kind: str, what: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Facts and tensors of a file that is whole, and of this `kind`; errors call it `what`.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or of another kind.
+    """
+    fix = "restore the file from a backup of the run directory, or start a new run"
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the {what} {path} cannot be read ({error}); {fix}") from error
+    if facts.get("format") != kind or facts.get("digest") != _digest(tensors):
+        raise CheckpointError(f"the {what} {path} is damaged: its content does not match its digest; {fix}")
+    return facts, tensors
 
 
 def checkpoint_head(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import final
 
@@ -13,9 +13,21 @@ from torch import Tensor, nn
 from dp_federated_lora.aggregation import HEAD_ALONE, LinearMethod, components, truncated
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import IncompatiblePlan
+from dp_federated_lora.federated.local_round import load_own, local_change
+from dp_federated_lora.federated.memory import ClientMemory
 from dp_federated_lora.federated.staleness import staleness_weight
-from dp_federated_lora.privacy import BoundedSum, Permit, PrivacyPlan, PrivacyUnit, Released, SecureRandom, Trust, UnitId
-from dp_federated_lora.training import Learner, LocalSteps, example_gradients, example_scores, local_update
+from dp_federated_lora.privacy import (
+    BoundedSum,
+    CorrelatedGaussian,
+    Permit,
+    PrivacyPlan,
+    PrivacyUnit,
+    Released,
+    SecureRandom,
+    Trust,
+    UnitId,
+)
+from dp_federated_lora.training import Learner, LocalSteps, example_gradients, example_scores
 from dp_federated_lora.vector import Layout
 
 
@@ -39,6 +51,7 @@ class Request:
         clip_norm: C of this round.
         staleness: server steps that have been taken since `adapter`.
         centre: public vector `(d,)` around which contributions are clipped; None for zero.
+        control: c of SCAFFOLD by name, of what the round sends; empty without it.
     """
 
     purpose: Purpose
@@ -48,6 +61,7 @@ class Request:
     clip_norm: float
     staleness: int = 0
     centre: Tensor | None = None
+    control: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def weight(self) -> float:
@@ -69,6 +83,10 @@ class Client:
         held_out: private examples that are never trained on, for evaluation.
         tier: which of the plan's groups of budgets it belongs to.
         rank: how many components of each pair it gets, trains and sends, a public fact; None for all.
+        memory: where it keeps state from round to round; needed by methods that do.
+
+    Raises:
+        IncompatiblePlan: if it would keep state and has no memory, or a plan under which `memory.py` claims nothing.
     """
 
     name: str
@@ -79,6 +97,27 @@ class Client:
     held_out: Examples
     tier: int = 0
     rank: int | None = None
+    memory: ClientMemory | None = None
+
+    def __post_init__(self) -> None:
+        if not self.keeps_state:
+            return
+        if self.memory is None:
+            raise IncompatiblePlan(f"{self.name} keeps state from round to round: give it a ClientMemory")
+        if self.plan.unit is PrivacyUnit.EXAMPLE or isinstance(self.plan.mechanism, CorrelatedGaussian):
+            raise IncompatiblePlan(
+                f"{self.name} keeps state from round to round: that is accounted for with unit = client and independent noise"
+            )
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether it starts a round from what it kept of an earlier one."""
+        return bool(self.method.kept) or (self.local is not None and self.local.control)
+
+    def clip_factor(self, change: Tensor, clip_norm: float) -> float:
+        """By how much the plan shortens this client's change `(d,)`, at most 1."""
+        bound = clip_norm * (self.plan.tiers[self.tier].clip_share if self.plan.tiers else 1.0)
+        return min(1.0, bound / max(float(torch.linalg.vector_norm(change, dtype=torch.float64)), bound))
 
 
 def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom) -> BoundedSum:
@@ -98,6 +137,7 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
 
     Raises:
         IncompatiblePlan: if the request follows another plan than the one agreed to.
+        CheckpointError: if the client's state is missing or damaged.
     """
     plan = client.plan
     if request.plan_id != plan.content_id:
@@ -111,6 +151,7 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
         adapter = truncated(adapter, client.rank)
     learner.model.load(adapter)
     if request.purpose is Purpose.EVALUATION:
+        load_own(client, learner, before=request.round + 1)
         return _scores(client, learner)
     trained = learner.model.train_only(client.method.factors_in(request.round))
     centre = 0.0 if request.centre is None else request.centre
@@ -144,8 +185,8 @@ def contributions(
     if plan.trust is Trust.LOCAL and not plan.draw(range(1), rng.derive("sample"), number=request.round, tier=client.tier).size:
         return
     generator = torch.Generator().manual_seed(int(rng.derive("batches").uint64(1)[0] >> 1))
-    turns = [learner.model.parameters(factors) for factors in client.method.local_factors(request.round)]
-    yield local_update(learner, trained, client.examples, client.local, generator, turns=turns)[None], [UnitId(client.name)]
+    change = local_change(request, client, learner, client.local.in_round(request.round), generator)
+    yield change[None], [UnitId(client.name)]
 
 
 def report(request: Request, client: Client, learner: Learner, permit: Permit, rng: SecureRandom) -> Released:

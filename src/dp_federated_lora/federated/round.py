@@ -10,7 +10,16 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
-from dp_federated_lora.aggregation import HEAD_ALONE, Gather, LinearMethod, ServerOptimizer, components, truncated
+from dp_federated_lora.aggregation import (
+    CONTROL,
+    HEAD_ALONE,
+    LENGTH,
+    Gather,
+    LinearMethod,
+    ServerOptimizer,
+    components,
+    truncated,
+)
 from dp_federated_lora.errors import BudgetExhausted, IncompatiblePlan, PrivacyError
 from dp_federated_lora.federated.checkpoint import ServerState
 from dp_federated_lora.federated.client import Purpose, Request
@@ -28,6 +37,7 @@ from dp_federated_lora.privacy import (
     SecureRandom,
     Trust,
 )
+from dp_federated_lora.training import LocalSteps
 from dp_federated_lora.vector import Layout
 
 Requests = Sequence[tuple[Request, Sequence[int]]]
@@ -100,6 +110,7 @@ class Server:
         ranks: of all participants, in order; empty where all have the adapter's.
         seed: public randomness of a method that draws factors anew.
         defence: against participants who lie.
+        local: the clients' local steps; None for the example unit.
     """
 
     plan: PrivacyPlan
@@ -112,6 +123,7 @@ class Server:
     ranks: tuple[int, ...] = ()
     seed: int = 0
     defence: Defence = UNDEFENDED
+    local: LocalSteps | None = None
 
     @classmethod
     def of(
@@ -123,12 +135,20 @@ class Server:
         *,
         head_scale: float = 1.0,
         defence: Defence = UNDEFENDED,
+        local: LocalSteps | None = None,
     ) -> tuple[Server, ServerState]:
         """A server for `model`, and its state before the first round; the head's steps are `head_scale` times as long."""
         layout = Layout.of(model.parameters(method.factors))
         settled = sum(p.numel() for n, p in model.parameters(method.settles).items() if n not in layout)
         server = cls(
-            plan=plan, method=method, optimizer=optimizer, layout=layout, head_scale=head_scale, settled=settled, defence=defence
+            plan=plan,
+            method=method,
+            optimizer=optimizer,
+            layout=layout,
+            head_scale=head_scale,
+            settled=settled,
+            defence=defence,
+            local=local,
         )
         noise = plan.start_noise(layout.size * defence.groups)
         last = torch.zeros(layout.size, dtype=torch.float64) if defence.active else None
@@ -156,7 +176,8 @@ class Server:
     def bytes_per_client(self, number: int) -> int:
         """Float32 bytes to a client of the largest rank, of what such a round changes, and back, of what it trains."""
         alone = self.method.factors_in(number) == HEAD_ALONE
-        vectors = 3 if self.defence.around_aggregate else 2
+        controlled = self.local is not None and self.local.control
+        vectors = 2 + self.defence.around_aggregate + controlled  # what goes down beside the adapter
         return 4 * (vectors * self.layout_in(number).size + (0 if alone else self.settled))
 
     def reserve(self, state: ServerState, ledger: Ledger, key: SecureRandom) -> Permit:
@@ -183,8 +204,12 @@ class Server:
         layout, sent = self.layout_in(number), self.positions_in(number)
         last = torch.zeros(layout.size, dtype=torch.float64) if state.aggregate is None else state.aggregate[sent]
         centre = last if defence.around_aggregate else None
+        control = layout.unflatten(state.optimizer[CONTROL][sent]) if CONTROL in state.optimizer else {}
         requests = [
-            (Request(Purpose.TRAINING, number, plan.content_id, state.adapter_before(age), clip_norm, age, centre), clients)
+            (
+                Request(Purpose.TRAINING, number, plan.content_id, state.adapter_before(age), clip_norm, age, centre, control),
+                clients,
+            )
             for age, clients in enumerate(self.delays.groups(exchange.names, state.round))
         ]
         size, noise = layout.size + plan.extra_coordinates, state.noise
@@ -241,7 +266,10 @@ class Server:
     def _step(self, state: ServerState, mean: Tensor, layout: Layout) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """The next adapter and optimiser state, given the released mean of the tensors of `layout`."""
         sent = self.positions_in(state.round + 1)
-        step, part = self.optimizer.update(mean, {name: tensor[sent] for name, tensor in state.optimizer.items()})
+        before = {name: tensor[sent] for name, tensor in state.optimizer.items()}
+        if self.local is not None:
+            before[LENGTH] = torch.full_like(mean, self.local.in_round(state.round + 1).length)
+        step, part = self.optimizer.update(mean, before)
         optimizer = {name: tensor.index_copy(0, sent, part[name]) for name, tensor in state.optimizer.items()}
         adapter = dict(state.adapter)
         for name, change in layout.unflatten(step).items():

@@ -28,10 +28,11 @@ from dp_federated_lora.lab.sections import (
     Section,
     TrainingSection,
 )
+from dp_federated_lora.lab.stateful import state_problems
 
 MAX_EPSILON: Final = 10.0
 
-LINEAR: Final = ("fedavg", "ffa", "rolora", "lalora", "fedask", "fedsb")
+LINEAR: Final = ("fedavg", "ffa", "rolora", "lalora", "fedask", "fedsb", "fedsa")
 
 # Methods in which what a client sends means the same whatever round its adapter is of.
 FIXED_COORDINATES: Final = ("fedavg", "ffa", "rolora", "lalora", "fedsb")
@@ -62,7 +63,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        problems = [*self._privacy_problems(), *self._task_problems(), *self._federation_problems()]
+        problems = [*self._privacy_problems(), *self._task_problems(), *self._federation_problems(), *state_problems(self)]
         problems += self._robust_problems(self.robust) if self.robust and not problems else []
         if problems:
             raise ValueError("\n".join(problems))
@@ -209,8 +210,9 @@ class Config(Section):
         local = [training.local_steps, training.local_batch_size, training.local_learning_rate]
         if self.privacy.unit == "client" and None in local:
             problems.append('training.local_steps, local_batch_size, local_learning_rate: unit = "client" needs all three')
-        changed = training.local_optimizer != "sgd" or training.local_proximal
-        if self.privacy.unit == "example" and (changed or any(value is not None for value in local)):
+        plain = TrainingSection()
+        changed = [key for key in TrainingSection.model_fields if getattr(training, key) != getattr(plain, key)]
+        if self.privacy.unit == "example" and any(key.startswith("local_") for key in changed):
             problems.append('training.local_*: unit = "example" takes one noised step a round and no local steps; remove them')
         if training.server_optimizer not in ("sgd", "ftrl") and training.server_momentum:
             problems.append('training.server_momentum: belongs to server_optimizer = "sgd" or "ftrl"; remove it')

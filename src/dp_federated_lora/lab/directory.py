@@ -31,6 +31,7 @@ class RunDirectory:
         self.report = path / "report.html"
         self.log = path / "run.log"
         self.checkpoint = path / "state" / "checkpoint.safetensors"
+        self.clients = path / "state" / "clients"
         self.round_key = path / "state" / "round.key"
         self._lock: int | None = None
 

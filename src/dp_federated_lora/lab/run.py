@@ -14,6 +14,7 @@ from typing import Any, Final, final
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import BudgetExhausted, CheckpointError, ConfigError, RunInterrupted
 from dp_federated_lora.federated import (
+    ClientMemory,
     Exchange,
     Purpose,
     RoundKeyFile,
@@ -26,6 +27,7 @@ from dp_federated_lora.files import write_durably
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.ledgers import LifetimeBudgets
+from dp_federated_lora.lab.personal import SHARED_PART
 from dp_federated_lora.lab.planning import participation_in_words, participation_json, statement_at, statement_json
 from dp_federated_lora.lab.stopping import reason_to_stop
 from dp_federated_lora.lab.workbench import Workbench, data_id, defence_in_words, participant_tiers, privacy_plan
@@ -133,7 +135,9 @@ class Run:
         self._keys = RoundKeyFile(directory.round_key)
         self._plan: PrivacyPlan = privacy_plan(config)
         self._bench = bench or Workbench.of(config)
-        clients = self._bench.clients(self._plan)
+        self._memory = ClientMemory(directory.clients)
+        clients = self._bench.clients(self._plan, self._memory)
+        self._keepers = [client.name for client in clients if client.keeps_state]
         identity = f"{config.content_id}{self._plan.content_id}{data_id(clients)}"  # another library may plan otherwise
         self._run_id = hashlib.sha256(identity.encode()).hexdigest()
         self._probe = self._bench.test_examples(limit=config.run.evaluate_examples)
@@ -184,6 +188,7 @@ class Run:
             if pending.facts["purpose"] == Purpose.TRAINING.value:  # an interrupted evaluation is lost; its charge stays
                 self._ledger.commit(pending.serial)
             self._keys.destroy()
+        self._memory.rewind(self._keepers, self._state.round)
         self._metrics.truncate_after(self._state.round)
         if self._directory.metrics.exists():
             self._reports = [RoundReport(**line) for line in read_metrics(self._directory.metrics)]
@@ -266,7 +271,7 @@ class Run:
         test = self._bench.test_examples()
         metrics = {} if test is None else evaluate_model(self._bench.learner, test)
         directory.adapter.mkdir(exist_ok=True)
-        self._bench.model.save(directory.adapter, source=config.model.source)
+        self._bench.model.save(directory.adapter, source=config.model.source, note=SHARED_PART if self._bench.method.kept else "")
         privacy: dict[str, Any] = {
             "statement": statement_json(statement),
             "insecure_seed": config.run.insecure_seed,

@@ -155,8 +155,9 @@ class MethodSection(Section):
     """[method]: what is trained and how adapters are combined; docs/methods.md has them side by side.
 
     "ffa" trains B and the head over a frozen A, "fedavg" both factors, "rolora" one of them in each round, "lalora" one in each
-    local step; "fedask" is ffa with B A split anew after each round; "fedsb" trains an r x r core between fixed factors.
-    "flora", "fedex", "flexlora" and "hetlora" combine participants' whole adapters, under trust = "local" alone.
+    local step; "fedask" is ffa with B A split anew after each round; "fedsb" trains an r x r core between fixed factors; with
+    "fedsa" only A is shared, and each client keeps a B of its own. "flora", "fedex", "flexlora" and "hetlora" combine
+    participants' whole adapters, under trust = "local" alone.
     """
 
     name: str = "ffa"
@@ -170,7 +171,9 @@ class TrainingSection(Section):
     learnt something, the adapter gets noise and no signal. `head_start` is "zero" or "labels": the encoder's own features of the
     public label names, which cost no privacy. With `patience` the run ends once that many evaluations in a row have
     not improved the score of [evaluation], or without it of the public test data; what is claimed stays that of all rounds.
-    `local_proximal` is FedProx's mu.
+    `local_proximal` is FedProx's mu. `local_schedule` lets the local step size fall from round to round ("linear", "cosine"), and
+    `local_steps_end` lets the number of local steps go from `local_steps` towards that along the same curve. `local_control =
+    "scaffold"` corrects local gradients by SCAFFOLD's control variates.
     """
 
     server_optimizer: Literal["sgd", "adam", "yogi", "ftrl"] = "sgd"
@@ -184,6 +187,9 @@ class TrainingSection(Section):
     local_learning_rate: Positive | None = None
     local_optimizer: Literal["sgd", "adamw"] = "sgd"
     local_proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    local_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    local_steps_end: Count | None = None
+    local_control: Literal["scaffold"] | None = None
     batch_tokens: Count = 2048
     patience: Count | None = None
 

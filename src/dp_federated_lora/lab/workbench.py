@@ -11,7 +11,7 @@ from typing import Any, Final, cast, final
 import torch
 from torch import Tensor
 
-from dp_federated_lora.aggregation import METHODS, Adam, Ftrl, LinearMethod, ServerOptimizer, Sgd
+from dp_federated_lora.aggregation import METHODS, Adam, Ftrl, LinearMethod, Scaffold, ServerOptimizer, Sgd
 from dp_federated_lora.data import (
     Examples,
     Table,
@@ -25,7 +25,7 @@ from dp_federated_lora.data import (
     tokenize_classification,
 )
 from dp_federated_lora.errors import AggregationError, ConfigError, IncompatiblePlan
-from dp_federated_lora.federated import Client, Defence, Delays, Server, ServerState
+from dp_federated_lora.federated import Client, ClientMemory, Defence, Delays, Server, ServerState
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.factorisation import optimise_bands, optimise_buffers
 from dp_federated_lora.lora import AdaptedModel, Factor, Task, TextClassifier, adapt, load_backbone
@@ -160,6 +160,8 @@ def unit_notes(config: Config) -> tuple[str, ...]:
     """What the privacy unit means for this data, where its name does not say it."""
     if config.privacy.unit == "example" and config.model.task == "causal-lm":
         return (f"an example is a piece of text of at most {config.model.max_tokens} tokens: a longer text is several units",)
+    if config.method.name == "fedsa":
+        return ("each participant's own B stays where its data are: it has no noise, and who is given one is not covered",)
     return ()
 
 
@@ -172,11 +174,12 @@ def participant_names(config: Config) -> list[str]:
 def server_optimizer(config: Config) -> ServerOptimizer:
     """The server optimiser of a configuration."""
     training = config.training
+    optimizer: ServerOptimizer = Sgd(training.server_learning_rate, training.server_momentum)
     if training.server_optimizer == "ftrl":
-        return Ftrl(training.server_learning_rate, training.server_momentum)
-    if training.server_optimizer != "sgd":
-        return Adam(training.server_learning_rate, yogi=training.server_optimizer == "yogi")
-    return Sgd(training.server_learning_rate, training.server_momentum)
+        optimizer = Ftrl(training.server_learning_rate, training.server_momentum)
+    elif training.server_optimizer != "sgd":
+        optimizer = Adam(training.server_learning_rate, yogi=training.server_optimizer == "yogi")
+    return Scaffold(optimizer, config.privacy.sampling_rate) if training.local_control else optimizer
 
 
 def head_scale(config: Config) -> float:
@@ -195,6 +198,10 @@ def local_steps(config: Config) -> LocalSteps | None:
             learning_rate=training.local_learning_rate,
             optimizer=training.local_optimizer,
             proximal=training.local_proximal,
+            schedule=training.local_schedule,
+            rounds=config.privacy.rounds,
+            steps_end=training.local_steps_end,
+            control=training.local_control is not None,
         )
     return None
 
@@ -265,6 +272,7 @@ class Workbench:
             server_optimizer(config),
             head_scale=head_scale(config),
             defence=defence(config),
+            local=local_steps(config),
         )
         delays = Delays(config.federation.max_staleness, config.run.seed)
         return replace(server, delays=delays, ranks=participant_ranks(config), seed=config.run.seed), state
@@ -288,8 +296,8 @@ class Workbench:
             max_tokens=self.config.model.max_tokens,
         )
 
-    def clients(self, plan: PrivacyPlan) -> list[Client]:
-        """The simulated participants: the training table, partitioned.
+    def clients(self, plan: PrivacyPlan, memory: ClientMemory | None = None) -> list[Client]:
+        """The simulated participants: the training table, partitioned; `memory` is where they keep state, if they do.
 
         Raises:
             ConfigError: if the table yields another number of clients than declared.
@@ -319,7 +327,7 @@ class Workbench:
             if evaluation is not None:
                 rest, held_out = examples.split(evaluation.holdout, self.config.run.seed)
             local, rank = local_steps(self.config), ranks[number] if ranks else None
-            clients.append(Client(name, rest, plan, self.method, local, held_out, tiers[number], rank))
+            clients.append(Client(name, rest, plan, self.method, local, held_out, tiers[number], rank, memory))
         return clients
 
     def test_examples(self, source: str | None = None, *, limit: int | None = None) -> Examples | None:

@@ -105,8 +105,8 @@ class AdaptedModel:
                     )
                 target.copy_(value)
 
-    def save(self, folder: Path, *, source: str) -> None:
-        """Write a PEFT adapter of the plain backbone, the head, and how to load them."""
+    def save(self, folder: Path, *, source: str, note: str = "") -> None:
+        """Write a PEFT adapter of the plain backbone, the head, and how to load them, with a `note` for its reader."""
         self._peft.peft_config["default"].base_model_name_or_path = source
         config = self._peft.peft_config["default"]
         plain, more = as_components(without_cores(self._peft.state_dict()))
@@ -119,7 +119,7 @@ class AdaptedModel:
         head = {n.removeprefix("head."): p.detach().clone() for n, p in self.parameters(frozenset((Factor.HEAD,))).items()}
         if head:
             save_file(head, folder / "head.safetensors")
-        (folder / "README.md").write_text(_card(source, self.task, bool(head), more), encoding="utf-8")
+        (folder / "README.md").write_text(_card(source, self.task, bool(head), more, note), encoding="utf-8")
 
     def load_saved(self, folder: Path) -> None:
         """Read what `save` wrote.
@@ -229,7 +229,7 @@ def orthonormal(factors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     }
 
 
-def _card(source: str, task: Task, head: bool, more: int) -> str:
+def _card(source: str, task: Task, head: bool, more: int, note: str) -> str:
     kind = "AutoModelForCausalLM" if task is Task.CAUSAL_LM else "AutoModel"
     lines = [
         "# Adapter",
@@ -250,4 +250,5 @@ def _card(source: str, task: Task, head: bool, more: int) -> str:
             "The classifier is `head.safetensors` (`weight`, `bias`): logits = weight @ normalize(pooled) + bias, where `pooled`",
             "is the mean of `last_hidden_state` over tokens (or its last token, see `pooling` in `../config.toml`).",
         ]
+    lines += ["", note] if note else []
     return "\n".join(lines) + "\n"

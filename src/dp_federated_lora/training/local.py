@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, final
 
 import torch
@@ -28,6 +29,10 @@ class LocalSteps:
         optimizer: plain SGD, or AdamW without weight decay.
         proximal: mu of FedProx (Li et al. 2020, arXiv 1812.06127): mu / 2 times the squared distance from the global adapter
             is added to the loss.
+        schedule: how the step size falls over rounds: towards zero along a line or half a cosine, or not at all.
+        rounds: at the end of which it would be zero.
+        steps_end: the number of steps goes from `steps` towards this along the same curve; None keeps it.
+        control: whether SCAFFOLD's control variates correct each gradient.
     """
 
     steps: int
@@ -35,6 +40,25 @@ class LocalSteps:
     learning_rate: float
     optimizer: Literal["sgd", "adamw"] = "sgd"
     proximal: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    rounds: int = 1
+    steps_end: int | None = None
+    control: bool = False
+
+    def in_round(self, number: int) -> LocalSteps:
+        """Step size and number of steps of round `number` (1-based); a function of public numbers."""
+        if self.schedule == "constant":
+            return self
+        done = (number - 1) / self.rounds
+        left = 1.0 - done if self.schedule == "linear" else (1.0 + math.cos(math.pi * done)) / 2.0
+        end = self.steps if self.steps_end is None else self.steps_end
+        steps = round(end + left * (self.steps - end))
+        return replace(self, schedule="constant", learning_rate=left * self.learning_rate, steps=steps)
+
+    @property
+    def length(self) -> float:
+        """K eta: how far the steps go along a gradient of norm 1."""
+        return self.steps * self.learning_rate
 
     def optimizer_of(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """A fresh optimiser; a parameter without a gradient is not moved."""
@@ -51,6 +75,7 @@ def local_update(
     generator: torch.Generator,
     *,
     turns: Sequence[Mapping[str, nn.Parameter]] = (),
+    correction: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Change `(d,)` of the trained parameters after local steps; zero for a client without examples.
 
@@ -63,6 +88,7 @@ def local_update(
         local: how it optimises.
         generator: draws batches.
         turns: which of them one step after the other trains, over and over; all if empty.
+        correction: added to every gradient, by name; nothing for names left out.
     """
     layout = Layout.of(trained)
     start = {name: p.detach().clone() for name, p in trained.items()}
@@ -71,6 +97,9 @@ def local_update(
         turn = turns[step % len(turns)] if turns else trained
         chosen = torch.randperm(len(examples), generator=generator)[: local.batch_size].tolist()
         gradients = {name: local.proximal * (p.detach() - start[name]) for name, p in turn.items()}
+        for name, term in (correction or {}).items():
+            if name in gradients:
+                gradients[name].add_(term)
         for batch in learner.batches(examples, chosen):
             loss = learner.losses(examples, batch).sum() / len(chosen)
             parts = torch.autograd.grad(loss, list(turn.values()), materialize_grads=True)

@@ -1,7 +1,7 @@
 r"""Methods: they say which factors are trained and sent, and what the server does with their mean.
 
 With W = W0 + s B A, averaging both factors is not averaging their product: the error is the covariance of B_k and A_k over
-clients, and noise on both factors is amplified by their product. All but FedAvg therefore train one of them at a time.
+clients, and noise on both factors is amplified by their product. All but FedAvg therefore train, or send, one of them at a time.
 
 | name | trained | source |
 |---|---|---|
@@ -11,6 +11,7 @@ clients, and noise on both factors is amplified by their product. All but FedAvg
 | lalora | B and A in turn, local step by local step; both are sent | LA-LoRA (arXiv 2602.19926), without its low-pass filter |
 | fedask | B over a shared A; then the server splits B A anew | FedASK (arXiv 2507.09990), see `fedask.py` |
 | fedsb | an r x r core between a fixed B and A | Fed-SB (arXiv 2502.15436), fixed factors by SVD of W0 |
+| fedsa | A and B together; A is sent, each client keeps a B of its own | FedSA-LoRA (arXiv 2410.01463) |
 
 flora, fedex, flexlora and hetlora train A and B together and combine whole adapters instead of adding changes: see `gathered.py`.
 
@@ -40,13 +41,14 @@ class LinearMethod:
 
     Args:
         name: as in `[method] name`.
-        factors: all that is ever trained.
+        factors: all that is ever trained and sent.
         turns: what is trained and sent in one round after the other, over and over; all of `factors` if empty.
         local_turns: what one local step after the other trains; all that the round trains if empty.
         settle: what the server does to the adapter after a round that trained more than the head; it sees released values only.
         settles: what the server changes beside `factors`, by `settle` or `gather`.
         head_rounds: number of rounds at the start in which the head alone is trained.
         gather: what makes the next adapter of all participants' noised ones, in place of the mean of changes.
+        kept: what each client trains beside `factors` and keeps to itself.
     """
 
     name: str
@@ -57,6 +59,7 @@ class LinearMethod:
     settles: Factors = frozenset()
     head_rounds: int = 0
     gather: Gather | None = None
+    kept: Factors = frozenset()
 
     def factors_in(self, number: int) -> Factors:
         """What is trained and sent in round `number` (1-based)."""
@@ -69,10 +72,14 @@ class LinearMethod:
         """Whether no round sends both factors: then nobody can send the same adapter in other numbers, (c B, A / c)."""
         return not any(sent >= {Factor.A, Factor.B} for sent in self.turns or (self.factors,))
 
+    def kept_in(self, number: int) -> Factors:
+        """What is trained in round `number` and kept by each client."""
+        return frozenset() if self.factors_in(number) == HEAD_ALONE else self.kept
+
     def local_factors(self, number: int) -> tuple[Factors, ...]:
         """What the local steps of round `number` train, in turn."""
-        sent = self.factors_in(number)
-        return tuple(turn & sent for turn in self.local_turns) if self.local_turns else (sent,)
+        moved = self.factors_in(number) | self.kept_in(number)
+        return tuple(turn & moved for turn in self.local_turns) if self.local_turns else (moved,)
 
 
 HEAD_ALONE: Final = frozenset((Factor.HEAD,))
@@ -85,6 +92,8 @@ ROLORA: Final = LinearMethod("rolora", _A | _B, turns=(_B, _A))  # B first: whil
 LALORA: Final = LinearMethod("lalora", _A | _B, local_turns=(_B, _A))
 FEDASK: Final = LinearMethod("fedask", _B, settle=split_anew, settles=_A)
 FEDSB: Final = LinearMethod("fedsb", frozenset((Factor.CORE, Factor.HEAD)))
+FEDSA: Final = LinearMethod("fedsa", _A, kept=frozenset((Factor.B,)))
+
 
 _INCREMENT: Final = frozenset((Factor.INCREMENT,))
 FLORA: Final = LinearMethod("flora", _A | _B, settles=_INCREMENT, gather=flora)
@@ -92,4 +101,5 @@ FEDEX: Final = LinearMethod("fedex", _A | _B, settles=_INCREMENT, gather=fedex)
 FLEXLORA: Final = LinearMethod("flexlora", _A | _B, gather=flexlora)
 HETLORA: Final = LinearMethod("hetlora", _A | _B, gather=hetlora)
 
-METHODS: Final = {method.name: method for method in (FEDAVG, FFA, ROLORA, LALORA, FEDASK, FEDSB, FLORA, FEDEX, FLEXLORA, HETLORA)}
+_SUMS: Final = (FEDAVG, FFA, ROLORA, LALORA, FEDASK, FEDSB, FEDSA)
+METHODS: Final = {method.name: method for method in (*_SUMS, FLORA, FEDEX, FLEXLORA, HETLORA)}
