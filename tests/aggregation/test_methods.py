@@ -212,7 +212,7 @@ def test_every_method_trains_and_its_adapter_computes_the_same_for_whoever_loads
         ours = bench.model.module.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
         theirs = plain(input_ids=ids, attention_mask=mask).last_hidden_state
     assert torch.allclose(ours, theirs, atol=1e-5)
-    assert not torch.allclose(base, theirs, atol=1e-3)
+    assert torch.allclose(base, theirs, atol=1e-3) == bool(METHODS[method].kept)  # a B that stays with clients leaves none
 
 
 def test_optimiser_state_of_what_is_not_sent_stays_as_it_is(raw_config: Raw):
