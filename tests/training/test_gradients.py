@@ -1,7 +1,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
 from dp_federated_lora.aggregation import FEDAVG
 from dp_federated_lora.data import Examples
@@ -9,6 +9,7 @@ from dp_federated_lora.errors import IncompatiblePlan
 from dp_federated_lora.lora import AdaptedModel, Task, adapt
 from dp_federated_lora.training import Learner
 from dp_federated_lora.training.gradients import ExampleGradients
+from vision import LLAVA_IMAGES, VIT_IMAGES, llava_backbone, some_images
 
 
 def bert() -> AdaptedModel:
@@ -29,8 +30,36 @@ def gpt2() -> AdaptedModel:
     return adapted(GPT2LMHeadModel(config).eval().requires_grad_(False), Task.CAUSAL_LM, ["c_attn", "c_proj"])
 
 
-def adapted(backbone: nn.Module, task: Task, targets: list[str]) -> AdaptedModel:
-    model = adapt(backbone, task=task, classes=3, rank=2, alpha=4.0, targets=targets, last_layers=None, seed=0, pooling="mean")
+def vit() -> AdaptedModel:
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+    )
+    return adapted(ViTModel(config).eval().requires_grad_(False), Task.CLASSIFICATION, ["q_proj", "v_proj", "fc1"])
+
+
+def llava() -> AdaptedModel:
+    return adapted(llava_backbone(), Task.IMAGE_TEXT, ["q_proj", "v_proj", "linear_1"], vision_tower=True)
+
+
+def adapted(backbone: nn.Module, task: Task, targets: list[str], *, vision_tower: bool = False) -> AdaptedModel:
+    model = adapt(
+        backbone,
+        task=task,
+        classes=3,
+        rank=2,
+        alpha=4.0,
+        targets=targets,
+        last_layers=None,
+        seed=0,
+        pooling="mean",
+        vision_tower=vision_tower,
+    )
     generator = torch.Generator().manual_seed(1)
     # B away from zero, so that A has gradients too.
     model.load({n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in model.state().items()})
@@ -44,12 +73,13 @@ def some_examples(labelled: bool) -> Examples:
     return Examples(tokens, (0, 1, 2, 1) if labelled else None)
 
 
-@pytest.mark.parametrize("make", [bert, llama, gpt2])
+@pytest.mark.parametrize("make", [bert, llama, gpt2, vit, llava])
 def test_per_example_gradients_equal_a_loop_of_single_example_autograd(make):
     with torch.random.fork_rng():
         model = make()
-    examples = some_examples(model.task is Task.CLASSIFICATION)
-    learner = Learner(model, pad_id=0, batch_tokens=1000, last_layers=None)
+    images = {vit: VIT_IMAGES, llava: LLAVA_IMAGES}.get(make)
+    examples = some_images(images, model.task) if images else some_examples(model.task is Task.CLASSIFICATION)
+    learner = Learner(model, pad_id=0, batch_tokens=1000, last_layers=None, images=images)
     trained = model.train_only(FEDAVG.factors)
     with ExampleGradients(model.module, trained) as gradients:
         rows = gradients.rows(learner.losses(examples, range(len(examples))))
@@ -75,6 +105,14 @@ def test_parameters_outside_linear_layers_are_refused():
     layer = nn.LayerNorm(4)
     with pytest.raises(IncompatiblePlan, match=r"nn\.Linear layers only"):
         ExampleGradients(nn.Sequential(layer), {"norm": layer.weight})
+
+
+def test_a_layer_that_sees_several_rows_of_one_example_is_refused():
+    layer = nn.Linear(3, 3)
+    with ExampleGradients(nn.Sequential(layer), dict(layer.named_parameters())) as gradients:
+        losses = layer(torch.ones(4, 3)).reshape(2, 2, 3).sum(dim=(1, 2))  # two images of each example, flattened
+        with pytest.raises(IncompatiblePlan, match="saw 4 rows of 2 examples"):
+            gradients.rows(losses)
 
 
 def test_a_layer_used_twice_in_one_forward_pass_is_refused():

@@ -1,6 +1,8 @@
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
 from dp_federated_lora.aggregation import FEDAVG, FFA, HEAD_ALONE
 from dp_federated_lora.data import Examples
@@ -8,6 +10,7 @@ from dp_federated_lora.errors import DataError, ModelError
 from dp_federated_lora.lora import Factor, Task, adapt
 from dp_federated_lora.training import Learner, LocalSteps, evaluate_model, example_scores, local_update
 from dp_federated_lora.training.evaluation import macro_f1
+from vision import LLAVA_IMAGES, VIT_IMAGES, llava_backbone, some_images
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -23,6 +26,18 @@ def llama() -> tuple[torch.nn.Module, Task, list[str]]:
 def gpt2() -> tuple[torch.nn.Module, Task, list[str]]:
     config = GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=2, n_positions=32)
     return GPT2LMHeadModel(config), Task.CAUSAL_LM, ["c_attn"]
+
+
+def vit() -> tuple[torch.nn.Module, Task, list[str]]:
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+    return ViTModel(ViTConfig(image_size=8, patch_size=4, num_channels=1, **shape)), Task.CLASSIFICATION, ["q_proj", "v_proj"]
+
+
+def llava() -> tuple[torch.nn.Module, Task, list[str]]:
+    return llava_backbone(), Task.IMAGE_TEXT, ["q_proj", "v_proj"]
+
+
+IMAGES = {vit: VIT_IMAGES, llava: LLAVA_IMAGES}
 
 
 def learner_of(make, *, cached: bool, last_layers: int | None = 1, keep_features: bool = False) -> tuple[Learner, Examples]:
@@ -44,13 +59,16 @@ def learner_of(make, *, cached: bool, last_layers: int | None = 1, keep_features
     model.load({n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in model.state().items()})
     lengths = [3, 7, 5, 9, 2]
     tokens = tuple(tuple(torch.randint(1, 50, (n,), generator=generator).tolist()) for n in lengths)
-    examples = Examples(tokens, (0, 1, 2, 1, 0) if task is Task.CLASSIFICATION else None)
-    learner = Learner(model, pad_id=0, batch_tokens=18, last_layers=last_layers if cached else None, keep_features=keep_features)
+    images = IMAGES.get(make)
+    text = Examples(tokens, (0, 1, 2, 1, 0) if task is Task.CLASSIFICATION else None)
+    examples = some_images(images, task) if images else text
+    depth = last_layers if cached else None
+    learner = Learner(model, pad_id=0, batch_tokens=18, last_layers=depth, keep_features=keep_features, images=images)
     learner.prepare(examples)
     return learner, examples
 
 
-@pytest.mark.parametrize("make", [bert, llama, gpt2])
+@pytest.mark.parametrize("make", [bert, llama, gpt2, vit, llava])
 def test_the_cached_trunk_gives_the_same_losses_and_gradients_as_the_whole_model(make):
     results = []
     for cached in (False, True):
@@ -75,7 +93,7 @@ def test_the_trunk_really_is_left_out_and_put_back():
     assert list(blocks) == originals
 
 
-@pytest.mark.parametrize("make", [bert, llama])
+@pytest.mark.parametrize("make", [bert, llama, llava])
 def test_padding_changes_no_loss(make):
     learner, examples = learner_of(make, cached=False, last_layers=None)
     together = learner.losses(examples, range(len(examples)))
@@ -117,6 +135,27 @@ def test_macro_f1_by_hand():
     labels, predicted = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 1, 1, 1, 0])
     # F1: class 0 2/4, class 1 4/5, class 2 0
     assert macro_f1(labels, predicted) == pytest.approx((0.5 + 0.8 + 0.0) / 3)
+
+
+def test_text_after_an_image_is_predicted_and_the_image_is_not():
+    learner, examples = learner_of(llava, cached=True)
+    scores, positions = evaluate_model(learner, examples), LLAVA_IMAGES.positions
+    total = count = 0.0
+    for index, tokens in enumerate(examples.tokens):
+        logits, ids, _ = learner.logits(examples, [index])
+        guesses = logits[0, positions - 1 : -1].detach().log_softmax(dim=1)
+        total -= float(guesses.gather(1, ids[0, positions:, None]).sum())
+        count += len(tokens) - positions
+    assert scores["loss"] == pytest.approx(total / count)
+    blank = replace(examples, images=(bytes(192),) * 4)
+    assert evaluate_model(learner, blank)["loss"] != pytest.approx(scores["loss"], rel=1e-6)
+
+
+def test_lora_stays_in_the_language_model_and_in_its_last_layers():
+    learner, _ = learner_of(llava, cached=False, last_layers=2)
+    adapted = {name.split(".lora_")[0] for name in learner.model.state()}
+    prefix = "base_model.model.model.language_model.layers"
+    assert adapted == {f"{prefix}.{n}.self_attn.{target}" for n in (1, 2) for target in ("q_proj", "v_proj")}
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -140,8 +140,10 @@ def backdoor(examples: Examples, *, trigger: tuple[int, ...], target: int) -> Ex
     The trigger replaces tokens, so that an example grows only if it is shorter than the trigger.
 
     Raises:
-        AuditError: if the examples have no labels.
+        AuditError: if the examples have no labels, or are images.
     """
+    if examples.images:
+        raise AuditError("tokens do not mark an image; use examples of text")
     tokens = tuple(text[:1] + trigger + text[1 + len(trigger) :] for text in examples.tokens)
     return replace(examples, tokens=tokens, labels=(target,) * len(_labels(examples)))
 

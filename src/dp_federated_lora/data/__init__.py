@@ -5,10 +5,13 @@ from dp_federated_lora.data.datasets import (
     Example,
     Examples,
     Tokenizer,
+    labelled_images,
     load_tokenizer,
     tokenize_causal,
     tokenize_classification,
+    tokenize_image_text,
 )
+from dp_federated_lora.data.images import ImageFormat
 from dp_federated_lora.data.partition import by_column, dirichlet, iid
 from dp_federated_lora.data.sources import Source, parse_source, resolve
 from dp_federated_lora.data.tables import Table, read_table
@@ -16,6 +19,7 @@ from dp_federated_lora.data.tables import Table, read_table
 __all__ = [
     "Example",
     "Examples",
+    "ImageFormat",
     "Source",
     "Table",
     "Tokenizer",
@@ -23,6 +27,7 @@ __all__ = [
     "collate",
     "dirichlet",
     "iid",
+    "labelled_images",
     "length_batches",
     "load_tokenizer",
     "parse_source",
@@ -30,4 +35,5 @@ __all__ = [
     "resolve",
     "tokenize_causal",
     "tokenize_classification",
+    "tokenize_image_text",
 ]

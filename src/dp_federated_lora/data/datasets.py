@@ -1,4 +1,4 @@
-"""Texts to tokenised examples."""
+"""Texts and images to examples."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from dp_federated_lora.data.images import ImageFormat
 from dp_federated_lora.errors import ConfigError, DataError, ModelError
 
 
@@ -35,15 +36,17 @@ class Examples:
     """Tokenised examples of any length, without padding; there may be none.
 
     Args:
-        tokens: token ids of each example, at least one.
+        tokens: token ids of each example, at least one; where an image is, `ImageFormat.token` for each of its positions.
         labels: index of each example's label in the public label list; None for language modelling.
         units: id of each example, distinct, kept by `subset`; default 0, 1, 2, ...
+        images: one image of each example, as `ImageFormat.read` gives it; empty where examples are text.
 
     """
 
     tokens: tuple[tuple[int, ...], ...]
     labels: tuple[int, ...] | None = None
     units: tuple[int, ...] = ()
+    images: tuple[bytes, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.tokens)
@@ -53,6 +56,8 @@ class Examples:
             object.__setattr__(self, "units", tuple(range(count)))
         if len(self.units) != count or len(set(self.units)) != count:
             raise DataError(f"{count} examples need {count} distinct unit ids; leave repeated examples out")
+        if self.images and len(self.images) != count:
+            raise DataError(f"{count} examples came with {len(self.images)} images; give one image each, or none at all")
         if () in self.tokens:
             raise DataError(f"example {self.tokens.index(())} has no token; leave empty texts out")
 
@@ -62,6 +67,10 @@ class Examples:
     def __getitem__(self, index: int) -> Example:
         label = None if self.labels is None else self.labels[index]
         return Example(self.tokens[index], label, self.units[index])
+
+    def content(self, index: int) -> tuple[tuple[int, ...]] | tuple[tuple[int, ...], bytes]:
+        """What the model sees of an example: its tokens, and its image where there are any."""
+        return (self.tokens[index], self.images[index]) if self.images else (self.tokens[index],)
 
     def subset(self, indices: Iterable[int]) -> Examples:
         """Return the examples at `indices`, in that order, with the unit ids they have here.
@@ -75,7 +84,8 @@ class Examples:
             raise DataError(f"there is no example {wrong[0]}; valid indices are 0 to {len(self) - 1}")
         labels = None if self.labels is None else tuple(self.labels[index] for index in chosen)
         tokens = tuple(self.tokens[index] for index in chosen)
-        return Examples(tokens, labels, tuple(self.units[index] for index in chosen))
+        images = tuple(self.images[index] for index in chosen) if self.images else ()
+        return Examples(tokens, labels, tuple(self.units[index] for index in chosen), images)
 
     def split(self, share: float, seed: int) -> tuple[Examples, Examples]:
         """Hold out about `share` of the examples; returns the rest and the held-out ones.
@@ -85,7 +95,7 @@ class Examples:
         """
 
         def held_out(index: int) -> bool:
-            digest = hashlib.sha256(repr((seed, self.tokens[index])).encode()).digest()
+            digest = hashlib.sha256(repr((seed, *self.content(index))).encode()).digest()
             return int.from_bytes(digest[:8]) < share * 2**64
 
         chosen = [held_out(index) for index in range(len(self))]
@@ -117,19 +127,30 @@ def tokenize_classification(
         DataError: if the lengths differ, a label is not in `label_names`, or a text has no token.
 
     """
-    numbers = {name: number for number, name in enumerate(label_names)}
-    if len(numbers) != len(label_names):
-        raise ConfigError(f"the public label list has duplicates: {list(label_names)}; list each label once")
     if len(texts) != len(labels):
         raise DataError(f"{len(texts)} texts came with {len(labels)} labels; give one label for each text")
-    for row, label in enumerate(labels):
-        if label not in numbers:
-            raise DataError(
-                f"row {row} has label {label!r}, which is not in the public label list {list(label_names)}; "
-                "add it to the list, or leave the row out"
-            )
+    numbers = _numbered(labels, label_names)
     tokens = _encode(tokenizer, texts, max_tokens, truncation=True, max_length=max_tokens)
-    return Examples(tuple(map(tuple, tokens)), tuple(numbers[label] for label in labels))
+    return Examples(tuple(map(tuple, tokens)), numbers)
+
+
+def labelled_images(
+    images: Sequence[bytes], labels: Sequence[str], *, label_names: Sequence[str], image_format: ImageFormat
+) -> Examples:
+    """Turn labelled images into examples, one for each image.
+
+    Args:
+        images: `(n,)` images from `image_format.read`.
+        labels: `(n,)` label of each image.
+        label_names: as in `tokenize_classification`.
+        image_format: how the model takes them.
+
+    Raises:
+        ConfigError, DataError: as `tokenize_classification`.
+
+    """
+    place = (image_format.token,) * image_format.positions
+    return Examples((place,) * len(images), _numbered(labels, label_names), images=tuple(images))
 
 
 def tokenize_causal(texts: Sequence[str], *, tokenizer: Tokenizer, max_tokens: int) -> Examples:
@@ -149,12 +170,34 @@ def tokenize_causal(texts: Sequence[str], *, tokenizer: Tokenizer, max_tokens: i
         ModelError: if the tokenizer has no end-of-text token.
 
     """
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise ModelError("the tokenizer has no end-of-text token; choose the one of a causal language model")
-    documents = [[*ids, end] for ids in _encode(tokenizer, texts, max_tokens, add_special_tokens=False)]
+    documents = _ended(tokenizer, texts, max_tokens)
     chunks = (ids[at : at + max_tokens] for ids in documents for at in range(0, len(ids), max_tokens))
     return Examples(tuple(tuple(chunk) for chunk in chunks if len(chunk) >= 2))
+
+
+def tokenize_image_text(
+    texts: Sequence[str], images: Sequence[bytes], *, tokenizer: Tokenizer, max_tokens: int, image_format: ImageFormat
+) -> Examples:
+    """Turn images with texts into examples for predicting a text after its image, one for each row.
+
+    Args:
+        texts: `(n,)` texts; what does not fit is cut off, and an end-of-text token ends what fits.
+        images: `(n,)` images from `image_format.read`.
+        tokenizer: tokenizer of the base model.
+        max_tokens: longest example, the places of the image included.
+        image_format: how the model takes images.
+
+    Raises:
+        ConfigError: if `max_tokens` leaves no token for the text.
+        ModelError: if the tokenizer has no end-of-text token.
+
+    """
+    place = (image_format.token,) * image_format.positions
+    if max_tokens <= len(place):
+        raise ConfigError(f"max_tokens must be more than the {len(place)} that an image takes, got {max_tokens}")
+    # A text that spells out the image's token would ask for an image that is not there.
+    bodies = [[i for i in ids if i != image_format.token] for ids in _ended(tokenizer, texts, max_tokens)]
+    return Examples(tuple((*place, *ids)[:max_tokens] for ids in bodies), images=tuple(images))
 
 
 def load_tokenizer(path: Path, gguf_file: str | None = None) -> Tokenizer:
@@ -181,6 +224,28 @@ def load_tokenizer(path: Path, gguf_file: str | None = None) -> Tokenizer:
             "tokenizer.json, or a .gguf file"
         ) from error
     return tokenizer
+
+
+def _numbered(labels: Sequence[str], label_names: Sequence[str]) -> tuple[int, ...]:
+    """Place of each label in the public list."""
+    numbers = {name: number for number, name in enumerate(label_names)}
+    if len(numbers) != len(label_names):
+        raise ConfigError(f"the public label list has duplicates: {list(label_names)}; list each label once")
+    for row, label in enumerate(labels):
+        if label not in numbers:
+            raise DataError(
+                f"row {row} has label {label!r}, which is not in the public label list {list(label_names)}; "
+                "add it to the list, or leave the row out"
+            )
+    return tuple(numbers[label] for label in labels)
+
+
+def _ended(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """Whole texts, each with an end-of-text token."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ModelError("the tokenizer has no end-of-text token; choose the one of a causal language model")
+    return [[*ids, end] for ids in _encode(tokenizer, texts, max_tokens, add_special_tokens=False)]
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int, **options: Any) -> list[list[int]]:

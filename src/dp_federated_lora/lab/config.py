@@ -161,19 +161,29 @@ class Config(Section):
         return problems
 
     def _task_problems(self) -> list[str]:
-        data, training, problems = self.data, self.training, []
-        if self.model.task == "classification":
+        data, task, training, problems = self.data, self.model.task, self.training, []
+        if task == "classification":
             if not data.label_column or len(data.labels) < 2:
                 problems.append(
                     "data.label_column, data.labels: classification needs the label column and the public list of labels"
                 )
         else:
             if data.label_column or data.labels:
-                problems.append('data.label_column, data.labels: task = "causal-lm" has no labels; remove them')
+                problems.append(f'data.label_column, data.labels: task = "{task}" has no labels; remove them')
             if training.server_head_learning_rate or training.head_rounds or training.head_start != "zero":
                 problems.append(
-                    'training.server_head_learning_rate, head_rounds, head_start: task = "causal-lm" has no head; remove them'
+                    f'training.server_head_learning_rate, head_rounds, head_start: task = "{task}" has no head; remove them'
                 )
+        if data.image_column and training.head_start == "labels":
+            problems.append('training.head_start: "labels" compares texts with names, and data.image_column has none; remove it')
+        if (task == "image-text" and not data.image_column) or (task == "causal-lm" and data.image_column):
+            problems.append('data.image_column: task = "image-text" needs it and "causal-lm" has no place for it')
+        if self.lora.vision_tower and (task != "image-text" or self.lora.last_layers is not None):
+            problems.append(
+                'lora.vision_tower: is for task = "image-text" without lora.last_layers, which are those of the language model'
+            )
+        if self.model.quantization and self.method.name == "fedsb":
+            problems.append('model.quantization: "fedsb" takes its factors from the weights themselves; remove it or use "ffa"')
         if self.training.patience and self.evaluation is None and not data.test:
             problems.append("training.patience: needs scores to watch; add [evaluation] or public data.test, or remove it")
         if self.training.head_rounds >= self.privacy.rounds:

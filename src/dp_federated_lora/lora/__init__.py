@@ -1,6 +1,18 @@
 """Base models and their LoRA adapters."""
 
 from dp_federated_lora.lora.adapter import AdaptedModel, Factor, adapt, block_list, orthonormal
-from dp_federated_lora.lora.models import Task, TextClassifier, load_backbone
+from dp_federated_lora.lora.models import Classifier, Task, load_backbone
+from dp_federated_lora.lora.vision import Vision, vision_of
 
-__all__ = ("AdaptedModel", "Factor", "Task", "TextClassifier", "adapt", "block_list", "load_backbone", "orthonormal")
+__all__ = (
+    "AdaptedModel",
+    "Classifier",
+    "Factor",
+    "Task",
+    "Vision",
+    "adapt",
+    "block_list",
+    "load_backbone",
+    "orthonormal",
+    "vision_of",
+)

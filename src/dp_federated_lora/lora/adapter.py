@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dp_federated_lora.errors import ModelError
 from dp_federated_lora.lora.cores import cores_of, insert_cores, without_cores
 from dp_federated_lora.lora.increments import INCREMENT, as_components, from_components, insert_increments
-from dp_federated_lora.lora.models import Pooling, Task, TextClassifier
+from dp_federated_lora.lora.models import Classifier, Pooling, Task
 
 
 class Factor(Enum):
@@ -46,15 +46,20 @@ class Factor(Enum):
 
 
 def block_list(backbone: nn.Module) -> nn.ModuleList:
-    """The transformer blocks of a backbone: its longest ModuleList.
+    """The transformer blocks of a backbone, or of its language model where it has one: the longest ModuleList.
 
     Raises:
-        ModelError: if it has none.
+        ModelError: if there is none.
     """
-    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in _language_model(backbone).modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ModelError("the backbone has no list of blocks; leave lora.last_layers out")
     return max(lists, key=len)
+
+
+def _language_model(backbone: nn.Module) -> nn.Module:
+    """The part of a vision-language model that reads text, or all of another model."""
+    return next((module for name, module in backbone.named_modules() if name.endswith("language_model")), backbone)
 
 
 @final
@@ -62,7 +67,7 @@ class AdaptedModel:
     """A frozen base model with a LoRA adapter (and head) whose tensors go by name.
 
     Args:
-        module: what runs the forward pass: the `TextClassifier`, or the causal language model with its adapter.
+        module: what runs the forward pass: the `Classifier`, or the causal language model with its adapter.
         peft_model: the PEFT model inside.
         task: what it computes.
         base_parameters: number of parameters of the base model.
@@ -158,6 +163,7 @@ def adapt(
     seed: int,
     cores: bool = False,
     increments: bool = False,
+    vision_tower: bool = False,
 ) -> AdaptedModel:
     """Put LoRA (and for classification a head) on a frozen backbone.
 
@@ -166,7 +172,7 @@ def adapt(
 
     Args:
         backbone: from `load_backbone`; changed in place.
-        task: classification or causal language modelling.
+        task: what it learns.
         classes: number of classes (classification).
         pooling: how the classifier pools.
         rank: r.
@@ -176,30 +182,31 @@ def adapt(
         seed: public randomness of A.
         cores: put a trainable r x r core between fixed factors from the base weights, instead of drawing A.
         increments: put a dense increment beside each pair, for what a method merges into the frozen weights.
+        vision_tower: adapt the vision tower of a vision-language model too.
 
     Raises:
         ModelError: if no layer matches or a target cannot carry LoRA.
     """
     from peft import LoraConfig, TaskType, get_peft_model  # noqa: PLC0415  (imports transformers)
 
-    base_parameters = sum(parameter.numel() for parameter in backbone.parameters())
-    layers: list[int] | None = None
+    base: Any = backbone
+    base_parameters: int = base.num_parameters()  # of quantised weights it counts the numbers, not the bytes
+    part: nn.Module = backbone if vision_tower else _language_model(backbone)
     if last_layers is not None:
-        blocks = len(block_list(backbone))
-        if not 1 <= last_layers <= blocks:
-            raise ModelError(f"lora.last_layers must lie in 1..{blocks} for this model, got {last_layers}")
-        layers = list(range(blocks - last_layers, blocks))
+        blocks = block_list(backbone)
+        if not 1 <= last_layers <= len(blocks):
+            raise ModelError(f"lora.last_layers must lie in 1..{len(blocks)} for this model, got {last_layers}")
+        part = blocks[-last_layers:]
     scale: Any = alpha  # peft takes any number and annotates an int
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM if task is Task.CAUSAL_LM else TaskType.FEATURE_EXTRACTION,
-        r=rank,
-        lora_alpha=scale,
-        lora_dropout=0.0,
-        target_modules=list(targets),
-        layers_to_transform=layers,
-        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in backbone.modules()),
-    )
     try:
+        config = LoraConfig(
+            task_type=TaskType.FEATURE_EXTRACTION if task is Task.CLASSIFICATION else TaskType.CAUSAL_LM,
+            r=rank,
+            lora_alpha=scale,
+            lora_dropout=0.0,
+            target_modules=list(targets) if part is backbone else _names_within(part, backbone, targets),
+            fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in backbone.modules()),
+        )
         with warnings.catch_warnings():
             # peft asks transformers for a name that transformers is renaming; nothing a user could act on.
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
@@ -212,11 +219,21 @@ def adapt(
         insert_cores(peft_model)
     if increments:
         insert_increments(peft_model)
-    module: nn.Module = TextClassifier(peft_model, classes, pooling) if task is Task.CLASSIFICATION else peft_model
+    module: nn.Module = Classifier(peft_model, classes, pooling) if task is Task.CLASSIFICATION else peft_model
     adapted = AdaptedModel(module, peft_model, task, base_parameters)
     if not cores:
         adapted.load(orthonormal(adapted.parameters(frozenset((Factor.A,))), seed))
     return adapted
+
+
+def _names_within(part: nn.Module, backbone: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Full names of the layers called `targets` in a part of the backbone, so that PEFT adapts no other of the same name."""
+    inside = set(part.modules())
+    names = [name for name, module in backbone.named_modules() if module in inside]
+    found = [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
+    if not found:
+        raise ValueError("no layer is called so where the adapter goes")
+    return found
 
 
 def orthonormal(factors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -230,7 +247,7 @@ def orthonormal(factors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
 
 
 def _card(source: str, task: Task, head: bool, more: int, note: str) -> str:
-    kind = "AutoModelForCausalLM" if task is Task.CAUSAL_LM else "AutoModel"
+    kind = task.loader
     lines = [
         "# Adapter",
         "",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext, redirect_stderr
 from enum import Enum
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +16,21 @@ from torch import Tensor, nn
 from dp_federated_lora.errors import ModelError
 
 Pooling = Literal["mean", "last"]
+Quantization = Literal["4bit", "8bit"]
 
 
 class Task(Enum):
-    """What is learnt: a class of a text, or the next token."""
+    """What is learnt: a class of a text or image, the next token, or the next token of a text after its image."""
 
     CLASSIFICATION = "classification"
     CAUSAL_LM = "causal-lm"
+    IMAGE_TEXT = "image-text"
+
+    @property
+    def loader(self) -> str:
+        """The transformers class that loads such a model."""
+        kinds = {Task.CAUSAL_LM: "AutoModelForCausalLM", Task.IMAGE_TEXT: "AutoModelForImageTextToText"}
+        return kinds.get(self, "AutoModel")
 
 
 def native_dtype() -> Literal["float32", "bfloat16"]:
@@ -29,27 +39,35 @@ def native_dtype() -> Literal["float32", "bfloat16"]:
     return "bfloat16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "float32"
 
 
-def load_backbone(path: Path, task: Task, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_backbone(
+    path: Path, task: Task, *, dtype: torch.dtype = torch.float32, quantization: Quantization | None = None
+) -> nn.Module:
     """Load a transformers model from a directory or a `.gguf` file, frozen and without dropout.
 
     Args:
         path: the model directory or file.
         task: classification takes the bare encoder or decoder, language modelling the one with its output layer.
         dtype: of the frozen weights. Adapter, head, clipping and noise are float32 or finer whatever it is.
+        quantization: of the frozen linear layers, which then compute in `dtype` (8bit: float16); the others keep `dtype`.
 
     Raises:
-        ModelError: if transformers cannot read it.
+        ModelError: if transformers cannot read it, or bitsandbytes cannot quantise it here.
     """
-    from transformers import AutoModel, AutoModelForCausalLM  # noqa: PLC0415  (seconds to import; only runs need it)
-    from transformers.utils import logging  # noqa: PLC0415
+    import transformers  # noqa: PLC0415  (seconds to import; only runs need it)
+    from transformers.utils import logging as its_logging  # noqa: PLC0415
 
-    quieten: Any = logging.disable_progress_bar
+    quieten: Any = its_logging.disable_progress_bar
     quieten()  # the run has a progress display of its own
 
-    kind: Any = AutoModelForCausalLM if task is Task.CAUSAL_LM else AutoModel
-    folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+    kind: Any = getattr(transformers, task.loader)
+    gguf = path.suffix == ".gguf"
+    folder, options = (path.parent, {"gguf_file": path.name}) if gguf else (path, {})
+    if quantization is not None:
+        if gguf:
+            raise ModelError(f"[model] quantization: {path} is quantised already; remove it, or give a transformers directory")
+        options = _quantised(quantization, dtype)
     # Reading GGUF draws a bar of its own that no setting turns off.
-    quiet = redirect_stderr(StringIO()) if options else nullcontext()
+    quiet = redirect_stderr(StringIO()) if gguf else nullcontext()
     try:
         with quiet:
             model: nn.Module = kind.from_pretrained(
@@ -63,8 +81,27 @@ def load_backbone(path: Path, task: Task, *, dtype: torch.dtype = torch.float32)
     return model.eval().requires_grad_(False)
 
 
-class TextClassifier(nn.Module):
-    """Backbone -> pooled, L2-normalised features -> linear head.
+def _quantised(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
+    """Options that quantise while loading; 4bit is that of QLoRA (Dettmers et al. 2023, arXiv 2305.14314)."""
+    if missing := [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]:
+        raise ModelError(
+            f'[model] quantization = "{quantization}" needs {" and ".join(missing)}: pip install '
+            "'dp-federated-lora-lab[quantized]', or remove it"
+        )
+    from transformers import BitsAndBytesConfig  # noqa: PLC0415
+
+    kind: Any = BitsAndBytesConfig
+    if quantization == "8bit":
+        # It says so for every layer and every call.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        config = kind(load_in_8bit=True)
+    else:
+        config = kind(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": config, "device_map": {"": "cpu"}}
+
+
+class Classifier(nn.Module):
+    """Backbone of texts or images -> pooled, L2-normalised features -> linear head.
 
     Pooling follows the pretraining (mask mean for encoders, last token for decoders); normalised features bound the
     head's gradient, so that one clip norm fits every example; the head starts at zero, so that no class is favoured.
@@ -84,9 +121,12 @@ class TextClassifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Pooled features `(B, h)` of length 1."""
-        states: Tensor = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def features(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        """Pooled features `(B, h)` of length 1; those of an image replace its placeholders among `input_ids`."""
+        if pixel_values is None:
+            states: Tensor = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        else:
+            states = self.backbone(pixel_values=pixel_values).last_hidden_state
         states = states.to(self.head.weight.dtype)  # frozen weights may be coarser than the head
         if self.pooling == "last":
             pooled = states[torch.arange(len(states)), attention_mask.sum(dim=1) - 1]
@@ -95,7 +135,7 @@ class TextClassifier(nn.Module):
             pooled = (states * mask).sum(dim=1) / mask.sum(dim=1)
         return nn.functional.normalize(pooled, dim=1)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits `(B, classes)` of token ids and mask `(B, T)`."""
-        logits: Tensor = self.head(self.features(input_ids, attention_mask))
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        """Logits `(B, classes)` of token ids and mask `(B, T)`, or of pixels `(B, channels, height, width)`."""
+        logits: Tensor = self.head(self.features(input_ids, attention_mask, pixel_values))
         return logits

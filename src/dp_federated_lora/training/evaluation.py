@@ -25,9 +25,10 @@ def evaluate_model(learner: Learner, examples: Examples) -> dict[str, float]:
     if examples.labels is None:
         loss = tokens = 0.0
         for batch in learner.batches(examples, range(len(examples))):
-            lengths = torch.tensor([len(examples.tokens[i]) - 1 for i in batch])
-            loss += float((learner.losses(examples, batch) * lengths).sum())
-            tokens += float(lengths.sum())
+            logits, ids, mask = learner.logits(examples, batch)
+            predicted_tokens = mask[:, 1:].sum(dim=1)
+            loss += float((losses_of(examples, batch, logits, ids, mask) * predicted_tokens).sum())
+            tokens += float(predicted_tokens.sum())
         return {"loss": loss / tokens, "perplexity": math.exp(min(loss / tokens, 700.0))}
     labels = torch.tensor(examples.labels)
     predicted = torch.empty_like(labels)

@@ -89,11 +89,20 @@ class ExampleGradients:
         self._rows[name] = rows.flatten(1).float()
 
     def rows(self, losses: Tensor) -> Tensor:
-        """Gradients `(B, d)` float32 of `losses` `(B,)`, one row per example, in the order of the layout."""
+        """Gradients `(B, d)` float32 of `losses` `(B,)`, one row per example, in the order of the layout.
+
+        Raises:
+            IncompatiblePlan: if a layer ran on anything but one row for each example, or twice.
+        """
         inputs = [layer.weight if weight else layer.bias for layer, weight, _ in self._layers]
         # The parameter gradients that autograd returns are the un-clipped batch sums: dropped here, never seen again.
         torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
         batch = losses.shape[0]
+        if strange := [name for name, rows in self._rows.items() if len(rows) != batch]:
+            raise IncompatiblePlan(
+                f"{strange[0]} saw {len(self._rows[strange[0]])} rows of {batch} examples; gradients can be told apart only "
+                "where each example is one row: choose other lora.targets"
+            )
         rows = [
             self._rows.pop(name).reshape(batch, -1)
             if name in self._rows

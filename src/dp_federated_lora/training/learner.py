@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dp_federated_lora.data import Examples, collate, length_batches
+from dp_federated_lora.data import Examples, ImageFormat, collate, length_batches
 from dp_federated_lora.errors import ModelError
-from dp_federated_lora.lora import AdaptedModel, Factor, Task, TextClassifier, block_list
+from dp_federated_lora.lora import AdaptedModel, Classifier, Factor, Task, block_list
 
 
 @final
@@ -31,20 +31,29 @@ class Learner:
         batch_tokens: most tokens of one forward pass, padding included.
         last_layers: number of adapted blocks at the top if the others may be cached; None for no cache.
         keep_features: whether there will be rounds that train the head alone.
+        images: how the model takes images; None for one of texts alone.
     """
 
     def __init__(
-        self, model: AdaptedModel, *, pad_id: int, batch_tokens: int, last_layers: int | None, keep_features: bool = False
+        self,
+        model: AdaptedModel,
+        *,
+        pad_id: int,
+        batch_tokens: int,
+        last_layers: int | None,
+        keep_features: bool = False,
+        images: ImageFormat | None = None,
     ) -> None:
         self.model = model
         self._pad_id = pad_id
+        self._images = images
         self._batch_tokens = batch_tokens
         blocks = block_list(model.module) if last_layers else None
         depth = len(blocks) - last_layers if blocks and last_layers else 0
         self._trunk = _Trunk(blocks, depth) if blocks and depth else None
-        self._states: dict[tuple[int, ...], Tensor] = {}
+        self._states: dict[object, Tensor] = {}
         self._keep_features = keep_features
-        self._features: dict[tuple[int, ...], Tensor] = {}
+        self._features: dict[object, Tensor] = {}
         self._factors = model.parameters(frozenset(Factor) - {Factor.HEAD})
         self._factors_of_features = {name: p.detach().clone() for name, p in self._factors.items()}
 
@@ -65,41 +74,45 @@ class Learner:
         # One block: thousands of small ones, each left between large short-lived ones, would spread over three times the memory.
         store: Tensor | None = None
         for batch in self.batches(examples, range(len(examples))):
-            tokens = [examples.tokens[i] for i in batch]
-            ids, mask = collate(tokens, pad_id=self._pad_id)
+            inputs = self._inputs(examples, batch)
             start: AbstractContextManager[None] = nullcontext()
             if self._trunk:
-                states = self._trunk.record(partial(self._forward, ids, mask))
+                states = self._trunk.record(partial(self._forward, inputs))
                 start = self._trunk.replay(states)
                 if store is None:
                     store = states.new_empty(room, states.shape[-1])
-                for row, sequence in enumerate(tokens):
-                    room -= len(sequence)
-                    self._states[sequence] = store[room : room + len(sequence)].copy_(states[row, : len(sequence)])
+                for row, index in enumerate(batch):
+                    length = len(examples.tokens[index])
+                    room -= length
+                    self._states[examples.content(index)] = store[room : room + length].copy_(states[row, :length])
             if self._keep_features:
                 with torch.no_grad(), start:
-                    self._features.update(zip(tokens, self._classifier.features(ids, mask), strict=True))
+                    self._features.update(zip(map(examples.content, batch), self._classifier.features(**inputs), strict=True))
 
     def logits(self, examples: Examples, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, token ids `(B, T)` and mask `(B, T)` of a batch."""
-        tokens = [examples.tokens[i] for i in indices]
-        ids, mask = collate(tokens, pad_id=self._pad_id)
-        if self._features_hold() and all(sequence in self._features for sequence in tokens):
-            return self._classifier.head(torch.stack([self._features[sequence] for sequence in tokens])), ids, mask
-        states = [self._states.get(sequence) for sequence in tokens]
+        """Logits, token ids `(B, T)` and mask `(B, T)` of a batch: 1 on tokens of text, 0 on padding and where an image is."""
+        inputs, contents = self._inputs(examples, indices), [examples.content(i) for i in indices]
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if self._images is not None:
+            mask = mask * (ids != self._images.token)
+        if self._features_hold() and all(content in self._features for content in contents):
+            return self._classifier.head(torch.stack([self._features[content] for content in contents])), ids, mask
+        states = [self._states.get(content) for content in contents]
         known = [state for state in states if state is not None]
-        if self._trunk is None or len(known) < len(tokens):
-            return self._forward(ids, mask), ids, mask
+        if self._trunk is None or len(known) < len(contents):
+            return self._forward(inputs), ids, mask
+        if self.model.task is Task.IMAGE_TEXT:
+            del inputs["pixel_values"]  # what the image became is in the stored states
         with self._trunk.replay(nn.utils.rnn.pad_sequence(known, batch_first=True)):
-            return self._forward(ids, mask), ids, mask
+            return self._forward(inputs), ids, mask
 
     def losses(self, examples: Examples, indices: Sequence[int]) -> Tensor:
         """Loss of each example `(B,)`: cross-entropy, for language models averaged over the example's tokens."""
         return losses_of(examples, indices, *self.logits(examples, indices))
 
     @property
-    def _classifier(self) -> TextClassifier:
-        return cast(TextClassifier, self.model.module)  # the configuration allows head rounds for classifiers only
+    def _classifier(self) -> Classifier:
+        return cast(Classifier, self.model.module)  # the configuration allows head rounds for classifiers only
 
     def _features_hold(self) -> bool:
         """Whether the kept features are those of the adapter as it is, and no gradient has to pass through them."""
@@ -107,9 +120,17 @@ class Learner:
             return False
         return all(torch.equal(p, self._factors_of_features[name]) for name, p in self._factors.items())
 
-    def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        output: Any = self.model.module(input_ids=ids, attention_mask=mask)
-        logits: Tensor = output.logits if self.model.task is Task.CAUSAL_LM else output
+    def _inputs(self, examples: Examples, indices: Sequence[int]) -> dict[str, Tensor]:
+        """What the model takes, by the names that transformers gives it."""
+        ids, mask = collate([examples.tokens[i] for i in indices], pad_id=self._pad_id)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self._images is not None:
+            inputs["pixel_values"] = self._images.pixels([examples.images[i] for i in indices])
+        return inputs
+
+    def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        output: Any = self.model.module(**inputs)
+        logits: Tensor = output if self.model.task is Task.CLASSIFICATION else output.logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
