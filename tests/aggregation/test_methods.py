@@ -118,7 +118,7 @@ def test_lalora_trains_one_factor_in_each_local_step(client_config: Raw):
 @given(st.integers(1, 6), st.integers(0, 10**6))
 def test_fedask_splits_the_product_anew_and_keeps_it(rank: int, seed: int):
     pair = {"x.lora_A.y": normal(rank, 12, seed=seed).float(), "x.lora_B.y": normal(20, rank, seed=seed + 1).float()}
-    split = split_anew(pair | {"head.weight": torch.ones(3)})
+    split = split_anew(pair | {"head.weight": torch.ones(3)}, frozenset((B, HEAD)))
     before, after = (t["x.lora_B.y"].double() @ t["x.lora_A.y"].double() for t in (pair, split))
     assert torch.allclose(before, after, atol=1e-4 * float(before.norm()))
     left, right = (t.double() for t in (split["x.lora_B.y"], split["x.lora_A.y"]))
@@ -130,7 +130,7 @@ def test_fedask_splits_the_product_anew_and_keeps_it(rank: int, seed: int):
 
 def test_fedask_leaves_a_product_alone_that_lacks_its_rank():
     pair = {"x.lora_A.y": normal(2, 5, seed=0).float(), "x.lora_B.y": torch.zeros(4, 2)}
-    assert all(torch.equal(split_anew(pair)[name], tensor) for name, tensor in pair.items())
+    assert all(torch.equal(split_anew(pair, frozenset((B, HEAD)))[name], tensor) for name, tensor in pair.items())
 
 
 def test_a_double_sketch_of_products_with_one_a_is_no_better_than_one_sum():
@@ -188,7 +188,7 @@ def test_every_method_trains_and_its_adapter_computes_the_same_for_whoever_loads
 
     raw: Raw = request.getfixturevalue("raw_config" if unit == "example" else "client_config")
     named(raw, method)
-    refusals = {"lalora": "rolora", "fedsa": "without noise"}
+    refusals = {"lalora": "rolora", "fedpower": "rolora", "fedsa": "without noise"}
     if unit == "example" and method in refusals:
         with pytest.raises(Exception, match=refusals[method]):
             parse_config(raw, where="test")
@@ -227,18 +227,18 @@ def test_optimiser_state_of_what_is_not_sent_stays_as_it_is(raw_config: Raw):
     assert first & second == head
 
 
-def test_bytes_count_what_goes_down_and_up(raw_config: Raw):
+def test_bytes_count_what_goes_down_and_up(client_config: Raw):
     from dp_federated_lora.federated import Server
     from dp_federated_lora.lab.workbench import privacy_plan
 
     # Rank 2 on query and value of the last two of three blocks of width 32; a head of three classes.
     head, factor = 3 * 32 + 3, 4 * 2 * 32
     expected = {"fedavg": 2 * (head + 2 * factor), "ffa": 2 * (head + factor), "fedask": 2 * (head + factor) + factor}
-    expected |= {"rolora": 2 * (head + factor), "fedsb": 2 * (head + 4 * 4)}
+    expected |= {"fedpower": 2 * head + 3 * factor, "rolora": 2 * (head + factor), "fedsb": 2 * (head + 4 * 4)}
     expected |= dict.fromkeys(("flexlora", "hetlora"), expected["fedavg"])
     expected |= dict.fromkeys(("flora", "fedex"), expected["fedavg"] + 4 * 32 * 32)  # down: what went into the frozen weights
     for method, scalars in expected.items():
-        bench, _ = bench_of(raw_config, method)
+        bench, _ = bench_of(client_config, method)
         server, _ = Server.of(bench.model, privacy_plan(bench.config), bench.method, Adam(0.1))
         assert server.bytes_per_client(1) == 4 * scalars
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from broken_builds import EVERYONE, SAMPLED, hostile, ordinary, with_neighbours
-from dp_federated_lora.aggregation import Sgd
+from dp_federated_lora.aggregation import FFA, Sgd
 from dp_federated_lora.audit import Transcript, compare
 from dp_federated_lora.audit.neighbours import ROUNDING
 from dp_federated_lora.federated import Client, RoundReport, Server
@@ -75,7 +75,7 @@ def test_a_real_model_with_and_without_one_unit(unit: str, raw_config: Raw, requ
 def test_a_replay_takes_the_past_of_the_first_run_and_not_its_own(tmp_path: Path):
     first, second = Transcript(), Transcript()
     second.replay = first
-    server = Server(plan=SAMPLED, method=None, optimizer=Sgd(0.5), layout=None)  # type: ignore[arg-type]
+    server = Server(plan=SAMPLED, method=FFA, optimizer=Sgd(0.5), layout=None)  # type: ignore[arg-type]
     mine, other = torch.ones(3), torch.zeros(3)
     step, _ = first.wrap(None, server)[1].optimizer.update(mine, Sgd(0.5).init(3))  # type: ignore[arg-type]
     again, _ = second.wrap(None, server)[1].optimizer.update(other, Sgd(0.5).init(3))  # type: ignore[arg-type]

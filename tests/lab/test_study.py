@@ -16,6 +16,7 @@ from dp_federated_lora import train
 from dp_federated_lora.cli.main import app
 from dp_federated_lora.errors import ConfigError
 from dp_federated_lora.lab.study import Cell, read_grid, run_study, write_study
+from dp_federated_lora.monitoring.metrics import read_metrics
 
 Raw = dict[str, dict[str, Any]]
 
@@ -40,13 +41,15 @@ def test_the_study_that_ships_is_possible_and_covers_what_it_should() -> None:
 def test_cells_share_a_model_and_give_what_each_gives_alone(raw_config: Raw, tmp_path: Path) -> None:
     raw_config["run"]["insecure_seed"] = 3
     raw_config["training"]["head_rounds"] = 2
-    block = {"title": "Methods", "across": {"method.name": ["ffa", "fedsb", "fedavg"]}}
-    cells = read_grid(grid_of(tmp_path, raw_config, block))
+    methods = {"title": "Methods", "across": {"method.name": ["ffa", "fedsb", "fedavg"]}}
+    sketches = {"title": "Sketches", "across": {"compression.ratio": [4.0]}}
+    cells = read_grid(grid_of(tmp_path, raw_config, methods, sketches))
     run_study(cells, tmp_path / "study")
     for cell in cells:
         scores = json.loads((tmp_path / "study" / "results" / f"{cell.name}.json").read_text())["scores"]
         alone = train(cell.config, out=tmp_path / "alone" / cell.name)
-        assert scores == {**alone.metrics, "epsilon": alone.epsilon}
+        (*_, last) = read_metrics(alone.path / "metrics.jsonl")
+        assert scores == {**alone.metrics, "epsilon": alone.epsilon, "bytes_per_client": last["bytes_per_client"]}
         adapters = [p / "adapter" / "adapter_model.safetensors" for p in (alone.path, tmp_path / "study" / "runs" / cell.name)]
         assert adapters[0].read_bytes() == adapters[1].read_bytes()
 

@@ -1,5 +1,6 @@
 """How clients' contributions become the next global adapter."""
 
+from dp_federated_lora.aggregation.compression import NO_SKETCH, Sketch
 from dp_federated_lora.aggregation.lora.factors import components, truncated
 from dp_federated_lora.aggregation.lora.gathered import Gather
 from dp_federated_lora.aggregation.lora.methods import FEDAVG, FFA, HEAD_ALONE, METHODS, LinearMethod
@@ -13,6 +14,7 @@ __all__ = (
     "HEAD_ALONE",
     "LENGTH",
     "METHODS",
+    "NO_SKETCH",
     "Adam",
     "Ftrl",
     "Gather",
@@ -20,6 +22,7 @@ __all__ = (
     "Scaffold",
     "ServerOptimizer",
     "Sgd",
+    "Sketch",
     "components",
     "control_after",
     "truncated",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Final, final
 
 import numpy as np
@@ -138,17 +139,18 @@ class _WithCanaries:
         if request.purpose is not Purpose.TRAINING:
             return
         layout, plan = self._server.layout_in(request.round), self._server.plan
+        encode = partial(self._server.method.sketch.encode, number=request.round)
         drawn = [i - count for i in clients if i >= count]
         if plan.unit is PrivacyUnit.CLIENT:
             for member in drawn:
-                row = self._vector(self._members[member], layout, request.clip_norm)[None]
+                row = encode(self._vector(self._members[member], layout, request.clip_norm)[None])
                 yield plan.clip(row, request.clip_norm, [UnitId(self._extra[member])])
         elif drawn:
             stream = rng.derive(AUDITOR).derive("sample")
             chosen = plan.draw(range(len(self._members)), stream, number=request.round).tolist()
             for start in range(0, len(chosen), _ROWS):
                 indices = [self._members[i] for i in chosen[start : start + _ROWS]]
-                rows = torch.stack([self._vector(index, layout, request.clip_norm) for index in indices])
+                rows = encode(torch.stack([self._vector(index, layout, request.clip_norm) for index in indices]))
                 yield plan.clip(rows, request.clip_norm, [UnitId(f"{AUDITOR}/{index}") for index in indices])
 
     def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:

@@ -48,10 +48,13 @@ class Transcript:
         """The same engine, written down here; a replay continues from the releases of the first run.
 
         Raises:
-            AuditError: if there is a defence against liars: then what is stepped on is no release any more.
+            AuditError: if there is a defence against liars, or contributions are sketched: then what is stepped on is no release
+                any more.
         """
-        if server.defence.active:
-            raise AuditError("a replay compares releases, and [robust] makes something else of them: audit without it")
+        if server.defence.active or server.method.sketch.ratio > 1.0:
+            raise AuditError(
+                "a replay compares releases, and [robust] and [compression] make something else of them: audit without either"
+            )
         return _Recorded(exchange, self), replace(server, optimizer=_Replayed(server, self))
 
 

@@ -153,20 +153,21 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
     if request.purpose is Purpose.EVALUATION:
         load_own(client, learner, before=request.round + 1)
         return _scores(client, learner)
+    sketch = client.method.sketch
     trained = learner.model.train_only(client.method.factors_in(request.round))
     centre = 0.0 if request.centre is None else request.centre
     sums = (
-        plan.clip(rows - centre, request.clip_norm, units, tier=client.tier, weight=request.weight)
+        plan.clip(sketch.encode(rows - centre, request.round), request.clip_norm, units, tier=client.tier, weight=request.weight)
         for rows, units in contributions(request, client, learner, trained, rng)
     )
-    size = Layout.of(trained).size + plan.extra_coordinates
+    size = sketch.size(Layout.of(trained).size) + plan.extra_coordinates
     return BoundedSum.merge(sums, size=size, clip_norm=plan.sensitivity(request.clip_norm))
 
 
 def contributions(
     request: Request, client: Client, learner: Learner, trained: Mapping[str, nn.Parameter], rng: SecureRandom
 ) -> Iterator[tuple[Tensor, list[UnitId]]]:
-    """What a client's units contribute to a round before they are clipped: rows `(B, d)` with their units, for `handle`.
+    """What a client's units contribute to a round before sketch and clip: rows `(B, d)` with their units, for `handle`.
 
     Args:
         request: from the server.

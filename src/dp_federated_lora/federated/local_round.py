@@ -49,7 +49,7 @@ def local_change(request: Request, client: Client, learner: Learner, local: Loca
     """
     method, number, own = client.method, request.round, load_own(client, learner, before=request.round)
     sent, kept = (learner.model.parameters(factors) for factors in (method.factors_in(number), method.kept_in(number)))
-    trained = learner.model.train_only(method.factors_in(number) | method.kept_in(number))
+    trained = learner.model.train_only(method.trained_in(number))
     if local.control and request.control.keys() != sent.keys():
         raise IncompatiblePlan(
             f"{client.name} agreed to control variates, and the request of round {number} has them for {sorted(request.control)} "
@@ -60,7 +60,8 @@ def local_change(request: Request, client: Client, learner: Learner, local: Loca
     turns = [learner.model.parameters(factors) for factors in method.local_factors(number)]
     update = local_update(learner, trained, client.examples, local, generator, turns=turns, correction=correction)
     changes = Layout.of(trained).unflatten(update)
-    change = Layout.of(sent).flatten({name: changes[name] for name in sent})
+    projected = method.project and method.project(request.adapter, changes, method.factors_in(number), request.clip_norm)
+    change = Layout.of(sent).flatten({name: (projected or changes)[name] for name in sent})
     following = {name: p.detach().clone() for name, p in kept.items()}
     if local.control:  # of the change as it is clipped, which is what the server's c follows
         counted = Layout.of(sent).unflatten(change.to(torch.float64) * client.clip_factor(change, request.clip_norm))

@@ -174,11 +174,13 @@ class Server:
         return self.defence.price * self.plan.noise_norm(size, clip_norm, number=number)
 
     def bytes_per_client(self, number: int) -> int:
-        """Float32 bytes to a client of the largest rank, of what such a round changes, and back, of what it trains."""
-        alone = self.method.factors_in(number) == HEAD_ALONE
+        """Float32 bytes to a client of the largest rank, of what such a round changes, and back, of what is sent."""
+        sent = down = self.layout_in(number).size
+        if self.method.factors_in(number) != HEAD_ALONE:
+            down = (sent if self.method.settle is None else self.layout.size) + self.settled
         controlled = self.local is not None and self.local.control
-        vectors = 2 + self.defence.around_aggregate + controlled  # what goes down beside the adapter
-        return 4 * (vectors * self.layout_in(number).size + (0 if alone else self.settled))
+        beside = sent * (self.defence.around_aggregate + controlled)
+        return 4 * (down + beside + self.method.sketch.size(sent))
 
     def reserve(self, state: ServerState, ledger: Ledger, key: SecureRandom) -> Permit:
         """Charge the next round, durably, before any message is sent.
@@ -212,7 +214,8 @@ class Server:
             )
             for age, clients in enumerate(self.delays.groups(exchange.names, state.round))
         ]
-        size, noise = layout.size + plan.extra_coordinates, state.noise
+        sketch, noise = self.method.sketch, state.noise
+        size = sketch.size(layout.size) + plan.extra_coordinates
         gather = self.method.gather
         if gather is not None and self.method.factors_in(number) != HEAD_ALONE:
             return self._gathered(gather, state, self._reported(requests, permit, exchange, key, size=size), layout)
@@ -223,9 +226,10 @@ class Server:
             sums = self._collected(requests, exchange, key, size=size, bound=plan.sensitivity(clip_norm), defence=defence)
             released, noise = plan.release(sums, noise, permit=permit, rng=key)
             parts = [replace(released, value=part) for part in released.value.reshape(defence.groups, size)]
-        last = torch.nn.functional.pad(last, (0, plan.extra_coordinates))
+        last = torch.nn.functional.pad(sketch.encode(last[None], number)[0], (0, plan.extra_coordinates))
         found = defence.aggregate(parts, plan=plan, method=self.method, last=last, rng=key)
-        mean, extra = torch.tensor_split(found, [layout.size])
+        mean, extra = torch.tensor_split(found, [sketch.size(layout.size)])
+        mean = sketch.decode(mean, layout.size, number)
         adapter, optimizer = self._step(state, mean, layout)
         following = ServerState(
             number,
@@ -275,8 +279,9 @@ class Server:
         for name, change in layout.unflatten(step).items():
             scale = self.head_scale if Factor.of(name) is Factor.HEAD else 1.0
             adapter[name] = (adapter[name].to(torch.float64) + scale * change).to(torch.float32)
-        settle = self.method.settle if self.method.factors_in(state.round + 1) != HEAD_ALONE else None
-        return adapter if settle is None else settle(adapter), optimizer
+        factors = self.method.factors_in(state.round + 1)
+        settle = self.method.settle if factors != HEAD_ALONE else None
+        return adapter if settle is None else settle(adapter, factors), optimizer
 
     def evaluate(
         self, state: ServerState, evaluation: PrivateEvaluation, permit: Permit, exchange: Exchange, key: SecureRandom

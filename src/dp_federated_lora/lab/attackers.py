@@ -143,7 +143,8 @@ class _Lying:
             self._lies = (request.round, dict(zip(self._liars, sent, strict=True)))
         units = [unit for _, some in self._rows(request, client, stream(client.name)) for unit in some]
         row = self._lies[1][index] / max(len(units), 1) - self._centre(request)
-        return client.plan.clip(row.expand(len(units), -1), request.clip_norm, units, tier=client.tier)
+        rows = client.method.sketch.encode(row.expand(len(units), -1), request.round)
+        return client.plan.clip(rows, request.clip_norm, units, tier=client.tier)
 
     def _honest(self, request: Request, client: Client, rng: SecureRandom) -> Tensor:
         """What a client's contribution means to the server, `(d,)`: the centre and the clipped difference of each unit."""

@@ -14,6 +14,7 @@ from pydantic import ValidationError, model_validator
 from dp_federated_lora.errors import ConfigError
 from dp_federated_lora.lab.sections import (
     MAX_DELTA,
+    CompressionSection,
     CorrelatedSection,
     DataSection,
     EvaluationSection,
@@ -32,7 +33,7 @@ from dp_federated_lora.lab.stateful import state_problems
 
 MAX_EPSILON: Final = 10.0
 
-LINEAR: Final = ("fedavg", "ffa", "rolora", "lalora", "fedask", "fedsb", "fedsa")
+LINEAR: Final = ("fedavg", "ffa", "rolora", "lalora", "fedask", "fedpower", "fedsb", "fedsa")
 
 # Methods in which what a client sends means the same whatever round its adapter is of.
 FIXED_COORDINATES: Final = ("fedavg", "ffa", "rolora", "lalora", "fedsb")
@@ -55,6 +56,7 @@ class Config(Section):
     federation: FederationSection
     privacy: PrivacySection
     method: MethodSection = MethodSection()
+    compression: CompressionSection | None = None
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection | None = None
     robust: RobustSection | None = None
@@ -63,7 +65,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        problems = [*self._privacy_problems(), *self._task_problems(), *self._federation_problems(), *state_problems(self)]
+        problems = [*self._privacy_problems(), *self._task_problems(), *self._federation_problems(), *self._sending_problems()]
+        problems += state_problems(self)
         problems += self._robust_problems(self.robust) if self.robust and not problems else []
         if problems:
             raise ValueError("\n".join(problems))
@@ -138,11 +141,12 @@ class Config(Section):
                 "privacy.correlated.buffers: reach over all rounds, so sampling cannot be accounted for by turns; use bands, or "
                 "sampling_rate = 1.0"
             )
-        changing = privacy.clip_quantile is not None or self.training.head_rounds or self.method.name == "rolora"
-        if changing or privacy.groups or privacy.trust == "local":
+        changing = privacy.clip_quantile is not None or self.training.head_rounds or self.method.name in ("rolora", "fedpower")
+        if changing or privacy.groups or privacy.trust == "local" or self.compression:
             problems.append(
-                'privacy.correlated: cannot be combined with clip_quantile, groups, training.head_rounds, method "rolora" or '
-                'trust = "local": noise cancels only between sums of one clip norm, the same for all, and one set of parameters'
+                "privacy.correlated: cannot be combined with clip_quantile, groups, training.head_rounds, [compression], method "
+                '"rolora" or "fedpower", or trust = "local": noise cancels only between sums of one clip norm, the same for all, '
+                "and one set of parameters"
             )
         return problems
 
@@ -230,12 +234,34 @@ class Config(Section):
             problems.append(
                 'method.name: "lalora" trains the factors in turn within a round: set training.local_steps >= 2, or "rolora"'
             )
-        if self.method.name in ("fedask", *GATHERED) and (training.server_optimizer != "sgd" or training.server_momentum):
+        if self.method.name in ("fedask", "fedpower", *GATHERED) and (
+            training.server_optimizer != "sgd" or training.server_momentum
+        ):
             problems.append(
                 f'method.name: "{self.method.name}" gives factors other coordinates after each round, so no memory of earlier '
                 'steps fits; use server_optimizer = "sgd" without server_momentum'
             )
         return problems + (self._staleness_problems() if federation.max_staleness else [])
+
+    def _sending_problems(self) -> list[str]:
+        problems, power = [], self.method.name == "fedpower"
+        if power and self.privacy.unit == "example":
+            problems.append(
+                'method.name: "fedpower" sends what local steps made of B A, and unit = "example" has none; of one gradient it '
+                'would send what "rolora" does'
+            )
+        if power and (self.privacy.clip_quantile is not None or self.federation.ranks):
+            problems.append(
+                'method.name: "fedpower" clips the product before its norm could be counted, and turns its components; remove '
+                "privacy.clip_quantile and federation.ranks"
+            )
+        apart = self.robust or self.federation.ranks or self.training.local_control
+        if self.compression and (apart or self.method.name in GATHERED):
+            problems.append(
+                "compression: a sketch mixes coordinates, anew in each round, and only a sum can be decoded; remove [robust], "
+                f"federation.ranks and training.local_control, and use one of {', '.join(LINEAR)}"
+            )
+        return problems
 
     def _staleness_problems(self) -> list[str]:
         problems = []

@@ -164,12 +164,22 @@ class MethodSection(Section):
     """[method]: what is trained and how adapters are combined; docs/methods.md has them side by side.
 
     "ffa" trains B and the head over a frozen A, "fedavg" both factors, "rolora" one of them in each round, "lalora" one in each
-    local step; "fedask" is ffa with B A split anew after each round; "fedsb" trains an r x r core between fixed factors; with
-    "fedsa" only A is shared, and each client keeps a B of its own. "flora", "fedex", "flexlora" and "hetlora" combine
-    participants' whole adapters, under trust = "local" alone.
+    local step; "fedask" is ffa with B A split anew after each round; "fedpower" trains both and averages their products, on one
+    side and then the other; "fedsb" trains an r x r core between fixed factors; with "fedsa" only A is shared, and each client
+    keeps a B of its own. "flora", "fedex", "flexlora" and "hetlora" combine participants' whole adapters, under trust = "local"
+    alone.
     """
 
     name: str = "ffa"
+
+
+class CompressionSection(Section):
+    """[compression]: what participants send is a sketch of what they computed, shorter by `ratio`.
+
+    The sketch is a public linear map, drawn anew for each round from `run.seed`. It saves bytes and no noise.
+    """
+
+    ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
 
 class TrainingSection(Section):

@@ -11,7 +11,7 @@ from typing import Any, Final, cast, final
 import torch
 from torch import Tensor
 
-from dp_federated_lora.aggregation import METHODS, Adam, Ftrl, LinearMethod, Scaffold, ServerOptimizer, Sgd
+from dp_federated_lora.aggregation import METHODS, NO_SKETCH, Adam, Ftrl, LinearMethod, Scaffold, ServerOptimizer, Sgd, Sketch
 from dp_federated_lora.data import (
     Examples,
     ImageFormat,
@@ -174,6 +174,12 @@ def participant_names(config: Config) -> list[str]:
     return [f"client-{number:0{width}d}" for number in range(config.federation.clients)]
 
 
+def linear_method(config: Config) -> LinearMethod:
+    """The method of a configuration, with its rounds of the head alone and its sketch."""
+    sketch = Sketch(config.compression.ratio, config.run.seed) if config.compression else NO_SKETCH
+    return replace(METHODS[config.method.name], head_rounds=config.training.head_rounds, sketch=sketch)
+
+
 def server_optimizer(config: Config) -> ServerOptimizer:
     """The server optimiser of a configuration."""
     training = config.training
@@ -241,7 +247,7 @@ class Workbench:
             torch.set_num_threads(config.run.threads)
         path = resolve(config.model.source, sha256=config.model.sha256)
         task = Task(config.model.task)
-        method = replace(METHODS[config.method.name], head_rounds=config.training.head_rounds)
+        method = linear_method(config)
         dtype = getattr(torch, config.model.dtype)
         backbone = load_backbone(path, task, dtype=dtype, quantization=config.model.quantization)
         images = ImageFormat.of(path, **vision_of(backbone, task)._asdict()) if config.data.image_column else None

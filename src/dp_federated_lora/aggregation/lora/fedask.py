@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from dp_federated_lora.aggregation.lora.factors import pairs, product_svd
+from dp_federated_lora.lora import Factor
 
 
-def split_anew(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def split_anew(adapter: Mapping[str, Tensor], _: frozenset[Factor]) -> dict[str, Tensor]:
     """Each pair B `(m, r)`, A `(r, n)` in float32 as U S^(1/2), S^(1/2) V^T with the same product; no m x n matrix is formed.
 
     A pair whose product has not got rank r is left as it is: a singular value of zero would end its training.

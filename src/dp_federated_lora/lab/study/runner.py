@@ -20,7 +20,7 @@ from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.run import Run
 from dp_federated_lora.lab.study.baselines import BASELINES
 from dp_federated_lora.lab.study.grid import Cell
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.workbench import Workbench, linear_method, privacy_plan
 from dp_federated_lora.lora import Factor
 from dp_federated_lora.monitoring.metrics import read_metrics
 
@@ -44,8 +44,7 @@ class SharedBench:
             self._bench, self._key = Workbench.of(config), key
             self._start = self._bench.model.state()
         self._bench.model.load(self._start)
-        method = replace(METHODS[config.method.name], head_rounds=config.training.head_rounds)
-        return replace(self._bench, config=config, method=method)
+        return replace(self._bench, config=config, method=linear_method(config))
 
 
 def bench_key(config: Config) -> str:
@@ -89,7 +88,8 @@ def _measured(cell: Cell, bench: Workbench, out: Path) -> dict[str, float]:
             run.train()
             result = run.write_results()
             (*_, last) = read_metrics(directory.metrics)
-        return {**last["private_metrics"], **result.metrics, "epsilon": result.epsilon}
+        bytes_sent = last["bytes_per_client"]
+        return {**last["private_metrics"], **result.metrics, "epsilon": result.epsilon, "bytes_per_client": bytes_sent}
     test = bench.test_examples()
     if test is None:
         raise ConfigError(f"the recipe {cell.recipe} has no test data; a baseline cannot be scored")

@@ -104,14 +104,24 @@ def _anchors(cells: Sequence[Cell], results: dict[str, Any]) -> dict[str, float]
 
 def _table(rows: Sequence[Row], anchor: float | None) -> list[str]:
     scores = [score for score in _SCORES if score in rows[0].results[0]["scores"]]
-    titles = ["Training", "Epsilon", *(_SCORES[s] for s in scores), "Kept of not private", "Repeats", "Minutes"]
+    titles = [
+        "Training",
+        "Epsilon",
+        *(_SCORES[s] for s in scores),
+        "Kept of not private",
+        "Bytes per participant and round",
+        "Repeats",
+        "Minutes",
+    ]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for row in rows:
         values = [_in_words(*row.interval(score), score) for score in scores]
         kept = "" if anchor is None or "accuracy" not in scores else f"{100 * row.interval('accuracy')[0] / anchor:.1f} %"
         epsilon = "none" if row.cell.baseline == "not-private" else f"{row.cell.config.privacy.epsilon:g}"
+        size = row.results[0]["scores"].get("bytes_per_client")
+        sent = "" if size is None else f"{size:,}"
         minutes = f"{statistics.median(result['minutes'] for result in row.results):.1f}"
-        lines.append("| " + " | ".join([row.label, epsilon, *values, kept, str(len(row.results)), minutes]) + " |")
+        lines.append("| " + " | ".join([row.label, epsilon, *values, kept, sent, str(len(row.results)), minutes]) + " |")
     return lines
 
 
