@@ -147,6 +147,11 @@ def test_data_without_labels_cannot_be_poisoned_by_labels(attack):
         attack(Examples(((1, 2),)))
 
 
+def test_tokens_mark_no_image():
+    with pytest.raises(AuditError, match="do not mark an image"):
+        byzantine.backdoor(Examples(((0, 0),), (1,), images=(b"pixels",)), trigger=(2,), target=1)
+
+
 ATTACKS = {
     "sign flip": byzantine.sign_flip,
     "inner product": byzantine.inner_product,

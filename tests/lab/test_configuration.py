@@ -35,6 +35,11 @@ def test_the_example_is_the_newswire_recipe():
     assert example.read_text(encoding="utf-8") == recipe_text("newswire")
 
 
+def test_the_example_of_digits_is_a_possible_configuration():
+    example = load_config(Path(__file__).parents[2] / "examples" / "digits.toml")
+    assert (example.data.image_column, example.privacy.epsilon) == ("image", 8.0)
+
+
 def test_an_unknown_recipe_names_the_known_ones():
     with pytest.raises(ConfigError, match="newswire"):
         recipe_text("nope")
