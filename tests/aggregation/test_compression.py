@@ -154,7 +154,7 @@ def test_what_cannot_be_compressed_is_refused(raw_config: Raw):
         {"method": {"name": "flora"}, "privacy": {"trust": "local"}},
         {
             "privacy": {"unit": "client", "population": None},
-            "training": {"local_steps": 2, "local_batch_size": 8, "local_learning_rate": 0.5, "local_control": True},
+            "training": {"local_steps": 2, "local_batch_size": 8, "local_learning_rate": 0.5, "local_control": "scaffold"},
         },
     ],
 )
