@@ -274,9 +274,16 @@ class Workbench:
             keep_features=config.training.head_rounds > 0,
             images=images,
         )
-        if config.training.head_start == "labels":
-            model.load({"head.weight": head_of_labels(model, tokenizer, config.data.labels)})
-        return cls(config, model, learner, method, tokenizer, images)
+        bench = cls(config, model, learner, method, tokenizer, images)
+        bench.start_head()
+        return bench
+
+    def start_head(self) -> None:
+        """Set the head's weights to those that training starts from, with the adapter at its own start."""
+        heads = self.model.parameters(frozenset((Factor.HEAD,)))
+        self.model.load({name: torch.zeros_like(parameter) for name, parameter in heads.items()})
+        if self.config.training.head_start == "labels":
+            self.model.load({"head.weight": head_of_labels(self.model, self.tokenizer, self.config.data.labels)})
 
     def server(self, plan: PrivacyPlan) -> tuple[Server, ServerState]:
         """The server of a run by `plan`, and its state before the first round."""

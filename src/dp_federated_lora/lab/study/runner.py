@@ -43,8 +43,10 @@ class SharedBench:
             self._bench = None  # its prepared states may fill the memory
             self._bench, self._key = Workbench.of(config), key
             self._start = self._bench.model.state()
-        self._bench.model.load(self._start)
-        return replace(self._bench, config=config, method=linear_method(config))
+        bench = replace(self._bench, config=config, method=linear_method(config))
+        bench.model.load(self._start)
+        bench.start_head()
+        return bench
 
 
 def bench_key(config: Config) -> str:
@@ -52,8 +54,8 @@ def bench_key(config: Config) -> str:
     method = METHODS[config.method.name]
     layers = (Factor.CORE in method.factors, Factor.INCREMENT in method.settles)
     training, run = config.training, config.run
-    head = (training.head_rounds > 0, training.head_start)
-    return repr((layers, head, config.model, config.lora, config.data, training.batch_tokens, run.seed, run.threads))
+    head_alone = training.head_rounds > 0
+    return repr((layers, head_alone, config.model, config.lora, config.data, training.batch_tokens, run.seed, run.threads))
 
 
 def run_study(cells: Sequence[Cell], folder: Path, *, on_cell: Callable[[Cell, int, int], None] = lambda *_: None) -> None:
@@ -69,7 +71,8 @@ def run_study(cells: Sequence[Cell], folder: Path, *, on_cell: Callable[[Cell, i
     """
     shared = SharedBench()
     open_cells = {cell.name: cell for cell in cells if not (folder / RESULTS / f"{cell.name}.json").exists()}
-    for number, cell in enumerate(sorted(open_cells.values(), key=lambda cell: bench_key(cell.config))):
+    # By repeat within a model, so that a study that is stopped early has a little of everything.
+    for number, cell in enumerate(sorted(open_cells.values(), key=lambda cell: (bench_key(cell.config), cell.repeat))):
         on_cell(cell, number, len(open_cells))
         bench, start = shared.of(cell.config), time.monotonic()
         scores = _measured(cell, bench, folder / "runs" / cell.name)
