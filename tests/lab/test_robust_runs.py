@@ -234,7 +234,6 @@ def test_liars_send_their_attack_under_their_own_units_and_everybody_else_what_t
         if name == "not_finite":  # one value that is none, and the contribution counts as nothing
             expected = torch.zeros_like(expected)
         assert torch.allclose(values(sent[8:]), expected, rtol=1e-4, atol=0.1), name
-        assert all(torch.equal(a._value, b._value) for a, b in zip(engine.sums(lying), sent, strict=True))
 
 
 def test_lies_go_through_the_clip_around_the_centre_too(engine: Engine):
