@@ -9,7 +9,8 @@ demo: .venv/.demo
 	$(BIN)/dpfl train examples/newswire.toml --out runs/newswire-$$(date +%Y%m%d-%H%M%S)
 
 test: .venv/.test lint
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term -q -m "not slow"
+	@# Two workers: more threads in each would wait for one another.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term -q -m "not slow"
 
 lint: .venv/.test
 	$(BIN)/ruff check src tests benchmarks
@@ -29,7 +30,7 @@ lint: .venv/.test
 
 .venv/.test: .venv/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	@# Its rules need nothing but torch, numpy and scipy; what it asks for would bring plotting and another build of torchvision.
+	@# Its rules need nothing but torch, numpy and scipy; what it asks for would bring another build of torchvision.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^byzfl==' constraints.txt)"
 	touch $@
 
