@@ -27,7 +27,7 @@ from dp_federated_lora import Config, load_config, train
 from dp_federated_lora.data import Examples
 from dp_federated_lora.lab.recipes import recipe_text
 from dp_federated_lora.lab.study.baselines import BASELINES
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 
 RESULTS = Path("runs/utility")
 TABLE = Path("docs/utility.md")
@@ -95,15 +95,13 @@ def probe(data: str, epsilon: float, seed: int) -> dict[str, float]:
 @cache
 def loaded(data: str, seed: int) -> tuple[Workbench, Examples, Examples]:
     """Model, the whole training table and the test table; what never changes is computed once for all rows."""
-    config = configuration(data, "federation.clients=1", 'federation.partition="iid"', f"run.seed={seed}")
-    bench = Workbench.of(config)
-    (client,) = bench.clients(privacy_plan(config))
-    test = bench.test_examples()
+    bench = Workbench.of(configuration(data, f"run.seed={seed}"))
+    whole, test = bench.tokenize(bench.training_table()), bench.test_examples()
     if test is None:
         raise SystemExit(f"the {data} recipe has no test table")
-    for examples in (client.examples, test):
+    for examples in (whole, test):
         bench.learner.prepare(examples)
-    return bench, client.examples, test
+    return bench, whole, test
 
 
 ROWS: dict[str, tuple[str, Callable[[str, float, int], dict[str, float]]]] = {

@@ -194,6 +194,7 @@ def test_every_method_trains_and_its_adapter_computes_the_same_for_whoever_loads
             parse_config(raw, where="test")
         return
     raw["training"]["head_rounds"] = 1
+    raw["run"]["insecure_seed"] = 1  # how finely float32 resolves merged weights depends on how large the noise makes them
     result = train(parse_config(raw, where="test"))
     assert result.rounds == raw["privacy"]["rounds"]
     assert evaluate(result.path) == result.metrics
@@ -211,7 +212,7 @@ def test_every_method_trains_and_its_adapter_computes_the_same_for_whoever_loads
         base = AutoModel.from_pretrained(tiny_model)(input_ids=ids, attention_mask=mask).last_hidden_state
         ours = bench.model.module.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
         theirs = plain(input_ids=ids, attention_mask=mask).last_hidden_state
-    assert torch.allclose(ours, theirs, atol=1e-3 if merged else 1e-5)  # float32 rounds what noise makes large
+    assert torch.allclose(ours, theirs, atol=1e-5)
     assert torch.allclose(base, theirs, atol=1e-3) == bool(METHODS[method].kept)  # a B that stays with clients leaves none
 
 

@@ -93,6 +93,17 @@ def test_the_trunk_really_is_left_out_and_put_back():
     assert list(blocks) == originals
 
 
+def test_what_is_prepared_already_is_not_computed_again():
+    learner, examples = learner_of(bert, cached=True)
+    calls = []
+    handle = learner.model.module.backbone.base_model.model.encoder.layer[0].register_forward_hook(lambda *_: calls.append(1))
+    learner.prepare(examples.subset([1, 3]))
+    assert calls == []
+    learner.prepare(Examples(((4, 9, 4, 9),), (0,)))
+    assert calls == [1]
+    handle.remove()
+
+
 @pytest.mark.parametrize("make", [bert, llama, llava])
 def test_padding_changes_no_loss(make):
     learner, examples = learner_of(make, cached=False, last_layers=None)

@@ -321,14 +321,17 @@ class Workbench:
         texts = table.column(data.text_column)
         return tokenize_image_text(texts, images, tokenizer=tokenizer, max_tokens=longest, image_format=self.images)
 
+    def training_table(self) -> Table:
+        """The table that simulated participants share out."""
+        return read_table(resolve(self.config.data.train, sha256=self.config.data.train_sha256))
+
     def clients(self, plan: PrivacyPlan, memory: ClientMemory | None = None) -> list[Client]:
         """The simulated participants: the training table, partitioned; `memory` is where they keep state, if they do.
 
         Raises:
             ConfigError: if the table yields another number of clients than declared.
         """
-        federation = self.config.federation
-        table = read_table(resolve(self.config.data.train, sha256=self.config.data.train_sha256))
+        federation, table = self.config.federation, self.training_table()
         if federation.partition == "column":
             keys = [" / ".join(key) for key in zip(*(table.column(c) for c in federation.columns), strict=True)]
             parts = by_column(keys)

@@ -63,12 +63,15 @@ class Learner:
             yield [indices[i] for i in batch]
 
     def prepare(self, examples: Examples) -> None:
-        """Compute what never changes for all of `examples`, in batches that depend on nothing else.
+        """Compute what never changes for all of `examples`, in batches that depend on nothing else; nothing if all are known.
 
         Doing it once, up front and in a fixed order keeps a resumed run equal to the bit. Call it before the model's
         adapter changes for the first time.
         """
         if self._trunk is None and not self._keep_features:
+            return
+        known = self._states if self._trunk else self._features
+        if all(examples.content(index) in known for index in range(len(examples))):
             return
         room = sum(len(sequence) for sequence in examples.tokens)
         # One block: thousands of small ones, each left between large short-lived ones, would spread over three times the memory.

@@ -20,7 +20,7 @@ from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.run import Run
 from dp_federated_lora.lab.study.baselines import BASELINES
 from dp_federated_lora.lab.study.grid import Cell
-from dp_federated_lora.lab.workbench import Workbench, linear_method, privacy_plan
+from dp_federated_lora.lab.workbench import Workbench, linear_method
 from dp_federated_lora.lora import Factor
 from dp_federated_lora.monitoring.metrics import read_metrics
 
@@ -96,13 +96,7 @@ def _measured(cell: Cell, bench: Workbench, out: Path) -> dict[str, float]:
     test = bench.test_examples()
     if test is None:
         raise ConfigError(f"the recipe {cell.recipe} has no test data; a baseline cannot be scored")
-    whole = replace(
-        bench,
-        config=cell.config.model_copy(
-            update={"federation": bench.config.federation.model_copy(update={"clients": 1, "partition": "iid"})}
-        ),
-    )
-    (client,) = whole.clients(privacy_plan(cell.config))
-    for examples in (client.examples, test):
+    whole = bench.tokenize(bench.training_table())
+    for examples in (whole, test):
         bench.learner.prepare(examples)
-    return dict(BASELINES[cell.baseline](bench, client.examples, test, cell.repeat))
+    return dict(BASELINES[cell.baseline](bench, whole, test, cell.repeat))
