@@ -5,7 +5,7 @@
     python benchmarks/robustness.py --table-only                      # the table again, from results measured earlier
 
 The recipe is shortened: 64 tokens, one adapted block, few rounds of which the last ones train the adapter. All cells share one
-model and what it computes once. A result is one JSON file under runs/robustness; the table is written to docs/robustness.md.
+model and what it computes once, and a head that starts from label names. A result is one JSON file under runs/robustness; the table is written to docs/robustness.md.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def configuration(defence: str, rounds: int, seed: int) -> Config:
         "federation.partition": '"iid"',
         "privacy.rounds": rounds,
         "training.head_rounds": round(HEAD_SHARE * rounds),
+        "training.head_start": '"labels"',
         "run.seed": seed,
     }
     return load_config(path, overrides=[f"{key}={value}" for key, value in changes.items()])

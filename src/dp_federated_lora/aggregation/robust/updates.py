@@ -103,7 +103,9 @@ class Points:
 
     def mixed(self, weights: Array) -> Points:
         """The points that are combinations of these with the rows of `weights` `(k, m)`."""
-        full = np.vstack([_full(np.zeros(self.count)), _full(weights)])
+        full = np.zeros((len(weights) + 1, self.count + 1))
+        full[0, 0] = 1
+        full[1:, 0], full[1:, 1:] = 1 - weights.sum(-1), weights
         return Points(self._base, self._centre, self._base_gram, full if self._mix is None else full @ self._mix)
 
     def columns(self, which: slice | Tensor) -> Tensor:
@@ -189,10 +191,12 @@ class Updates:
         points = Points(self._rows[:n], self._centre, self._gram[:n, :n])
         if n < 3:
             return points
-        # A minority moves neither this for the others nor the median of it.
-        typical = np.partition(points.squares, n // 2 - 1, axis=1)[:, n // 2 - 1]
-        if np.median(typical) >= _CANCELLED * np.median(np.diag(self._gram)[1:n]):
+        # Whether most have most others close by: a minority moves neither.
+        close = _CANCELLED * np.median(np.diag(self._gram)[1:n])
+        half = n // 2
+        if 2 * np.count_nonzero((points.squares < close).sum(axis=1) >= half) <= n - 1:
             return points
+        typical = np.partition(points.squares, half - 1, axis=1)[:, half - 1]
         middle = self._rows[1 + int(typical.argmin())].clone()
         self._centre = self._centre + middle
         self._rows = self._rows - middle
