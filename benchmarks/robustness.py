@@ -4,8 +4,9 @@
     python benchmarks/robustness.py --attacks alie --rounds 10        # a short look
     python benchmarks/robustness.py --table-only                      # the table again, from results measured earlier
 
-The recipe is shortened: 64 tokens, one adapted block, few rounds of which the last ones train the adapter. All cells share one
-model and what it computes once, and a head that starts from label names. A result is one JSON file under runs/robustness; the table is written to docs/robustness.md.
+The recipe is shortened: 64 tokens, one adapted block, few rounds of which the last ones train the adapter, and a head that starts
+from label names. All cells share one model and what it computes once. A result is one JSON file under runs/robustness; the table
+is written to docs/robustness.md.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ DEFENCES = {
     "clip around aggregate": "[robust]\nclip_around_aggregate = true\n",
     "trimmed mean of groups": f'[robust]\nrule = "trimmed_mean"\nbyzantine = {LIARS}\ngroups = {GROUPS}\n',
     "nnm + median of groups": f'[robust]\nrule = "median"\nbefore = ["nnm"]\nbyzantine = {LIARS}\ngroups = {GROUPS}\n',
+    "smea of groups": f'[robust]\nrule = "smea"\nbyzantine = {LIARS}\ngroups = {GROUPS}\n',
+    "smea of groups + clip around aggregate": (
+        f'[robust]\nrule = "smea"\nbyzantine = {LIARS}\ngroups = {GROUPS}\nclip_around_aggregate = true\n'
+    ),
     "median of groups + clip around aggregate": (
         f'[robust]\nrule = "median"\nbyzantine = {LIARS}\ngroups = {GROUPS}\nclip_around_aggregate = true\n'
     ),
@@ -71,9 +76,10 @@ def write_table() -> None:
         "# Robustness",
         "",
         "Written by `python benchmarks/robustness.py`: the newswire recipe, shortened (64 tokens, one adapted block, rounds as",
-        f"below), unit example, epsilon 8 at delta 1e-5, {PARTICIPANTS} equal participants of whom {LIARS} lie. Test accuracy in",
-        "per cent, mean over seeds, and in brackets the points lost to no attack under the same defence. Liars know all honest",
-        f"contributions; what they send is clipped like the rest. Rules see {GROUPS} groups: {GROUPS**0.5:.2f} times the noise.",
+        "below, a head that starts from label names), unit example, epsilon 8 at delta 1e-5,",
+        f"{PARTICIPANTS} equal participants of whom {LIARS} lie. Test accuracy in per cent, mean over seeds, and in brackets the",
+        "points lost to no attack under the same defence. Liars know all honest contributions; what they send is clipped like",
+        f"the rest. Rules see {GROUPS} groups: {GROUPS**0.5:.2f} times the noise.",
         "",
         f"| Attack | {' | '.join(known)} |",
         f"|---|{'---|' * len(known)}",

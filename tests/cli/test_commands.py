@@ -160,6 +160,8 @@ def test_contradictory_and_wrong_arguments_say_what_to_do(config_file: Path, tmp
     assert (code, "allow_weak_privacy" in text) == (2, True)
     code, text = failing(monkeypatch, capsys, "plan", config_file, "--set", "lora.targets=['nothing']")
     assert (code, "Linear layers of this model" in text) == (2, True)
+    code, text = failing(monkeypatch, capsys, "plan", config_file, "--set", "lora.rank=33")
+    assert (code, "use a rank of at most 32" in text) == (2, True)
     code, text = failing(monkeypatch, capsys, "ledger", "show", tmp_path)
     assert (code, "no ledger" in text) == (2, True)
 

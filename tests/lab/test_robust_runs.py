@@ -187,6 +187,10 @@ def test_groups_under_local_trust_and_methods_without_a_fixed_gauge_are_refused(
         robust(ten, **MEDIAN)
     assert robust(ten, clip_around_aggregate=True).robust is not None
     ten["method"] = {"name": "ffa"}
+    ten["federation"]["ranks"] = [{"clients": 10, "rank": ten["lora"]["rank"]}]
+    with pytest.raises(ConfigError, match="nothing beyond its rank, which is no difference from the last aggregate"):
+        robust(ten, clip_around_aggregate=True)
+    del ten["federation"]["ranks"]
     ten["privacy"]["trust"] = "local"
     with pytest.raises(ConfigError, match='with "local" it sees the reports of participants'):
         robust(ten, **MEDIAN)

@@ -221,6 +221,11 @@ class Config(Section):
             problems.append("federation.ranks: their clients must add up to federation.clients; every participant has one rank")
         if federation.ranks and max(group.rank for group in federation.ranks) != self.lora.rank:
             problems.append("federation.ranks: the largest must be lora.rank, the rank of the global adapter")
+        if federation.ranks and self.robust and self.robust.clip_around_aggregate:
+            problems.append(
+                "federation.ranks: a participant sends nothing beyond its rank, which is no difference from the last aggregate; "
+                "remove robust.clip_around_aggregate, or the ranks"
+            )
         local = [training.local_steps, training.local_batch_size, training.local_learning_rate]
         if self.privacy.unit == "client" and None in local:
             problems.append('training.local_steps, local_batch_size, local_learning_rate: unit = "client" needs all three')

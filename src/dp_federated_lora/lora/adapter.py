@@ -185,7 +185,7 @@ def adapt(
         vision_tower: adapt the vision tower of a vision-language model too.
 
     Raises:
-        ModelError: if no layer matches or a target cannot carry LoRA.
+        ModelError: if no layer matches, or a target cannot carry LoRA or not of this rank.
     """
     from peft import LoraConfig, TaskType, get_peft_model  # noqa: PLC0415  (imports transformers)
 
@@ -215,6 +215,12 @@ def adapt(
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in backbone.named_modules() if isinstance(m, nn.Linear)})
         raise ModelError(f"lora.targets {list(targets)}: {error}. Linear layers of this model: {linear}") from error
     peft_model.eval()
+    small = {min(m.in_features, m.out_features): n for n, m in peft_model.named_modules() if hasattr(m, "lora_A")}
+    if rank > min(small):
+        raise ModelError(
+            f"lora.rank {rank} is above the smaller side of {small[min(small)]}, {min(small)}: no product of that layer has it; "
+            f"use a rank of at most {min(small)}, or leave the layer out of lora.targets"
+        )
     if cores:
         insert_cores(peft_model)
     if increments:

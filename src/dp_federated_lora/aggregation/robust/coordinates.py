@@ -84,4 +84,5 @@ def mean_near_median(block: Block, keep: int) -> Block:
 def _middle(block: Block) -> Block:
     """Median of each sorted row `(coordinates, m)`."""
     m = block.shape[1]
-    return (block[:, (m - 1) // 2] + block[:, m // 2]) / 2
+    middle: Block = (block[:, (m - 1) // 2] + block[:, m // 2]) / 2
+    return middle
