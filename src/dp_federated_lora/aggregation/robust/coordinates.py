@@ -84,5 +84,5 @@ def mean_near_median(block: Block, keep: int) -> Block:
 def _middle(block: Block) -> Block:
     """Median of each sorted row `(coordinates, m)`."""
     m = block.shape[1]
-    middle: Block = (block[:, (m - 1) // 2] + block[:, m // 2]) / 2
+    middle: Block = np.mean(block[:, (m - 1) // 2 : m // 2 + 1], axis=1)
     return middle
