@@ -3,7 +3,8 @@
     python benchmarks/step.py [--repetitions 9] [--rows "MiniLM q,v 8x64"] [--dtype bfloat16]
     python benchmarks/step.py [--repetitions 9] [--rows "MiniLM q,v 8x64"]
 A step is forward, backward and, with privacy, the sum of clipped per-example gradients; noise and optimiser are left out, as they
-are the same for all. Float32. Processor time of one thread, implementations in turn, medians; ratios to the step without privacy are the numbers to compare between machines.
+are the same for all. Float32. Processor time of one thread, implementations in turn, medians; ratios to the step without privacy
+are the numbers to compare between machines.
 """
 
 from __future__ import annotations
