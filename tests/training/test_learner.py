@@ -189,6 +189,11 @@ def test_kept_features_serve_the_head_alone_and_only_while_they_hold(cached: boo
         assert len(passes) == recomputed
         assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(expected, got, strict=True))
 
+    # Only where the whole model has to run do lengths matter: 16 tokens for each kept row, 9, 7, 5, 3 and 2 of text.
+    sizes = [len(batch) for batch in kept.batches(examples, range(5))]
+    kept.model.train_only(HEAD_ALONE)
+    assert (sizes, [len(batch) for batch in kept.batches(examples, range(5))]) == ([3, 2], [1, 1, 1, 1, 1])
+
     moved = {n: t + 0.1 for n, t in kept.model.state().items() if "lora_B" in n}
     for learner in (plain, kept):
         learner.model.load(moved)

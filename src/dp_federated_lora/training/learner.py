@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, cast, final
+from typing import Any, Final, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from torch.nn.functional import cross_entropy
 from dp_federated_lora.data import Examples, ImageFormat, collate, length_batches
 from dp_federated_lora.errors import ModelError
 from dp_federated_lora.lora import AdaptedModel, Classifier, Factor, Task, block_list
+
+_FEATURE_TOKENS: Final = 16
+"""An example's kept features in tokens: what the gradient of a head takes in memory, roughly."""
 
 
 @final
@@ -58,8 +61,10 @@ class Learner:
         self._factors_of_features = {name: p.detach().clone() for name, p in self._factors.items()}
 
     def batches(self, examples: Examples, indices: Sequence[int]) -> Iterator[list[int]]:
-        """Split `indices` into batches of similar length."""
-        for batch in length_batches([len(examples.tokens[i]) for i in indices], max_tokens=self._batch_tokens):
+        """Split `indices` into batches of similar length; where the head alone has to run, an example is not longer than others."""
+        known = self._features_hold() and all(examples.content(i) in self._features for i in indices)
+        lengths = [_FEATURE_TOKENS if known else len(examples.tokens[i]) for i in indices]
+        for batch in length_batches(lengths, max_tokens=self._batch_tokens):
             yield [indices[i] for i in batch]
 
     def prepare(self, examples: Examples) -> None:
