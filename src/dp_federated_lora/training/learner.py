@@ -61,7 +61,7 @@ class Learner:
         self._factors_of_features = {name: p.detach().clone() for name, p in self._factors.items()}
 
     def batches(self, examples: Examples, indices: Sequence[int]) -> Iterator[list[int]]:
-        """Split `indices` into batches of similar length; where the head alone has to run, an example is not longer than others."""
+        """Split `indices` into batches of similar length; where the head alone runs, all are alike."""
         known = self._features_hold() and all(examples.content(i) in self._features for i in indices)
         lengths = [_FEATURE_TOKENS if known else len(examples.tokens[i]) for i in indices]
         for batch in length_batches(lengths, max_tokens=self._batch_tokens):
