@@ -5,8 +5,8 @@
     python benchmarks/robustness.py --table-only                      # the table again, from results measured earlier
 
 The recipe is shortened: 64 tokens, one adapted block, few rounds of which the last ones train the adapter, and a head that starts
-from label names. All cells share one model and what it computes once. A result is one JSON file under runs/robustness; the table
-is written to docs/robustness.md.
+from label names. All cells share one model and what it computes once. A result is one JSON file under
+benchmarks/results/robustness; the table is written to docs/robustness.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dp_federated_lora import Config, load_config
 from dp_federated_lora.lab.attackers import MESSAGES, POISONS, prepared_bench, scores_under_attack
 from dp_federated_lora.lab.recipes import recipe_text
 
-RESULTS = Path("runs/robustness")
+RESULTS = Path("benchmarks/results/robustness")
 TABLE = Path("docs/robustness.md")
 PARTICIPANTS, LIARS, GROUPS = 20, 4, 10
 HEAD_SHARE = 0.9
@@ -46,7 +46,7 @@ DEFENCES = {
 
 def configuration(defence: str, rounds: int, seed: int) -> Config:
     """The newswire recipe, shortened, with a defence."""
-    path = RESULTS / "newswire.toml"
+    path = Path("runs/robustness.toml")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{recipe_text('newswire')}\n{DEFENCES[defence]}", encoding="utf-8")
     changes = {
