@@ -215,12 +215,7 @@ def adapt(
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in backbone.named_modules() if isinstance(m, nn.Linear)})
         raise ModelError(f"lora.targets {list(targets)}: {error}. Linear layers of this model: {linear}") from error
     peft_model.eval()
-    small = {min(m.in_features, m.out_features): n for n, m in peft_model.named_modules() if hasattr(m, "lora_A")}
-    if rank > min(small):
-        raise ModelError(
-            f"lora.rank {rank} is above the smaller side of {small[min(small)]}, {min(small)}: no product of that layer has it; "
-            f"use a rank of at most {min(small)}, or leave the layer out of lora.targets"
-        )
+    _require_rank(peft_model, rank)
     if cores:
         insert_cores(peft_model)
     if increments:
@@ -230,6 +225,16 @@ def adapt(
     if not cores:
         adapted.load(orthonormal(adapted.parameters(frozenset((Factor.A,))), seed))
     return adapted
+
+
+def _require_rank(peft_model: nn.Module, rank: int) -> None:
+    """Raise ModelError if an adapted layer is too small for products of that rank."""
+    small = {min(m.in_features, m.out_features): n for n, m in peft_model.named_modules() if hasattr(m, "lora_A")}
+    if rank > min(small):
+        raise ModelError(
+            f"lora.rank {rank} is above the smaller side of {small[min(small)]}, {min(small)}: no product of that layer has it; "
+            f"use a rank of at most {min(small)}, or leave the layer out of lora.targets"
+        )
 
 
 def _names_within(part: nn.Module, backbone: nn.Module, targets: Sequence[str]) -> list[str]:

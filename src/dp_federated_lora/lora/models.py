@@ -77,6 +77,10 @@ def load_backbone(
         raise ModelError(
             f"[model] source: {path} is not a model that transformers can load for task {task.value!r}: {error}"
         ) from error
+    for layer in model.modules():
+        # bitsandbytes' packed 4-bit weights are for inference, and for layers in multiples of 64.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     # eval() stays on during training: dropout would make the cached trunk wrong and DP runs do not need it.
     return model.eval().requires_grad_(False)
 
