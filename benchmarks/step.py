@@ -1,7 +1,7 @@
 """One DP-SGD step on LoRA beside the step without privacy and beside Opacus.
 
-    python benchmarks/step.py [--repetitions 9] [--rows "MiniLM q,v 8x64"] [--dtype bfloat16]
     python benchmarks/step.py [--repetitions 9] [--rows "MiniLM q,v 8x64"]
+
 A step is forward, backward and, with privacy, the sum of clipped per-example gradients; noise and optimiser are left out, as they
 are the same for all. Float32. Processor time of one thread, implementations in turn, medians; ratios to the step without privacy
 are the numbers to compare between machines.
@@ -78,22 +78,24 @@ def batch_of(row: Row) -> Examples:
     return Examples(tuple(map(tuple, ids.tolist())), tuple(labels.tolist()) if row.task is Task.CLASSIFICATION else None)
 
 
+def learner_of(model: AdaptedModel, row: Row) -> Learner:
+    """Runs the batch whole."""
+    return Learner(model, pad_id=0, batch_tokens=row.examples * row.tokens, last_layers=None)
+
+
 def steps_of(model: AdaptedModel, row: Row, examples: Examples) -> dict[str, Callable[[], object]]:
     """Implementations by name; each gives the sum of (clipped) gradients, ours sealed."""
     everything = range(row.examples)
 
-    def learner_of(copy: AdaptedModel) -> Learner:
-        return Learner(copy, pad_id=0, batch_tokens=row.examples * row.tokens, last_layers=None)
-
     plain, hooked, ghost = model, deepcopy(model), deepcopy(model)
     trained = plain.parameters(FEDAVG.factors)
-    learner, units = learner_of(plain), [UnitId(str(number)) for number in everything]
+    learner, units = learner_of(plain, row), [UnitId(str(number)) for number in everything]
     # Opacus' wrappers put hooks on the module, which run where layers train; the others stay as they are, without dropout.
     for layer in (*hooked.module.modules(), *ghost.module.modules()):
         layer.training = any(p.requires_grad for p in layer.parameters(recurse=False))
     sampler = GradSampleModule(hooked.module)
     fast = GradSampleModuleFastGradientClipping(ghost.module, max_grad_norm=CLIP, use_ghost_clipping=True)
-    hooked_learner, ghost_learner = learner_of(hooked), learner_of(ghost)
+    hooked_learner, ghost_learner = learner_of(hooked, row), learner_of(ghost, row)
 
     def without_privacy() -> Tensor:
         losses = learner.losses(examples, everything)
@@ -133,8 +135,7 @@ def example_rows(learner: Learner, trained: Mapping[str, nn.Parameter], examples
 
 def expected(model: AdaptedModel, row: Row, examples: Examples) -> Tensor:
     """The sum of clipped gradients, in the open."""
-    learner = Learner(model, pad_id=0, batch_tokens=row.examples * row.tokens, last_layers=None)
-    rows = example_rows(learner, model.parameters(FEDAVG.factors), examples)
+    rows = example_rows(learner_of(model, row), model.parameters(FEDAVG.factors), examples)
     return (CLIP / rows.norm(dim=1)).clamp(max=1.0) @ rows
 
 

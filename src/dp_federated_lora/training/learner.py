@@ -62,7 +62,7 @@ class Learner:
 
     def batches(self, examples: Examples, indices: Sequence[int]) -> Iterator[list[int]]:
         """Split `indices` into batches of similar length; where the head alone runs, all are alike."""
-        known = self._features_hold() and all(examples.content(i) in self._features for i in indices)
+        known = self._features_serve([examples.content(i) for i in indices])
         lengths = [_FEATURE_TOKENS if known else len(examples.tokens[i]) for i in indices]
         for batch in length_batches(lengths, max_tokens=self._batch_tokens):
             yield [indices[i] for i in batch]
@@ -103,7 +103,7 @@ class Learner:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         if self._images is not None:
             mask = mask * (ids != self._images.token)
-        if self._features_hold() and all(content in self._features for content in contents):
+        if self._features_serve(contents):
             return self._classifier.head(torch.stack([self._features[content] for content in contents])), ids, mask
         states = [self._states.get(content) for content in contents]
         known = [state for state in states if state is not None]
@@ -122,11 +122,12 @@ class Learner:
     def _classifier(self) -> Classifier:
         return cast(Classifier, self.model.module)  # the configuration allows head rounds for classifiers only
 
-    def _features_hold(self) -> bool:
-        """Whether the kept features are those of the adapter as it is, and no gradient has to pass through them."""
+    def _features_serve(self, contents: Sequence[object]) -> bool:
+        """Whether features of all these are kept and those of the adapter as it is, and no gradient has to pass through them."""
         if not self._features or (torch.is_grad_enabled() and any(p.requires_grad for p in self._factors.values())):
             return False
-        return all(torch.equal(p, self._factors_of_features[name]) for name, p in self._factors.items())
+        same = all(torch.equal(p, self._factors_of_features[name]) for name, p in self._factors.items())
+        return same and all(content in self._features for content in contents)
 
     def _inputs(self, examples: Examples, indices: Sequence[int]) -> dict[str, Tensor]:
         """What the model takes, by the names that transformers gives it."""
