@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 from dp_federated_lora.aggregation import FEDAVG, FFA, HEAD_ALONE
 from dp_federated_lora.data import Examples
-from dp_federated_lora.errors import DataError, ModelError
+from dp_federated_lora.errors import DataError, ModelError, StorageError
 from dp_federated_lora.lora import Factor, Task, adapt
 from dp_federated_lora.training import Learner, LocalSteps, evaluate_model, example_scores, local_update
 from dp_federated_lora.training.evaluation import macro_f1
@@ -40,7 +41,9 @@ def llava() -> tuple[torch.nn.Module, Task, list[str]]:
 IMAGES = {vit: VIT_IMAGES, llava: LLAVA_IMAGES}
 
 
-def learner_of(make, *, cached: bool, last_layers: int | None = 1, keep_features: bool = False) -> tuple[Learner, Examples]:
+def learner_of(
+    make, *, cached: bool, last_layers: int | None = 1, keep_features: bool = False, cache: Path | None = None
+) -> tuple[Learner, Examples]:
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(3)
         backbone, task, targets = make()
@@ -63,7 +66,9 @@ def learner_of(make, *, cached: bool, last_layers: int | None = 1, keep_features
     text = Examples(tokens, (0, 1, 2, 1, 0) if task is Task.CLASSIFICATION else None)
     examples = some_images(images, task) if images else text
     depth = last_layers if cached else None
-    learner = Learner(model, pad_id=0, batch_tokens=18, last_layers=depth, keep_features=keep_features, images=images)
+    learner = Learner(
+        model, pad_id=0, batch_tokens=18, last_layers=depth, keep_features=keep_features, images=images, cache=cache
+    )
     learner.prepare(examples)
     return learner, examples
 
@@ -102,6 +107,47 @@ def test_what_is_prepared_already_is_not_computed_again():
     learner.prepare(Examples(((4, 9, 4, 9),), (0,)))
     assert calls == [1]
     handle.remove()
+
+
+@pytest.mark.parametrize(("make", "keep_features"), [(bert, False), (bert, True), (llama, False), (vit, True), (llava, False)])
+def test_a_later_run_finds_in_the_cache_what_an_earlier_one_kept(make, keep_features: bool, tmp_path: Path, monkeypatch):
+    cache, results, computed = tmp_path / "cache", [], []
+    prepared = Learner._prepared
+    monkeypatch.setattr(Learner, "_prepared", lambda *args: computed.append(1) or prepared(*args))
+    for folder in (None, cache, cache):
+        learner, examples = learner_of(make, cached=True, keep_features=keep_features, cache=folder)
+        trained = list(learner.model.train_only(HEAD_ALONE if keep_features else FEDAVG.factors).values())
+        losses = learner.losses(examples, range(len(examples)))
+        results.append([losses, *torch.autograd.grad(losses.sum(), trained, materialize_grads=True)])
+    assert computed == [1, 1]  # once without a cache, once for it
+    plain, *others = results
+    assert all(torch.equal(a, b) for other in others for a, b in zip(plain, other, strict=True))
+    (file,) = cache.iterdir()
+    assert [path.stat().st_mode & 0o777 for path in (cache, file)] == [0o700, 0o600]
+
+
+def test_the_cache_knows_models_examples_and_depths_apart(tmp_path: Path):
+    learner, examples = learner_of(bert, cached=True, cache=tmp_path)
+    learner.prepare(Examples(((4, 9, 4, 9),), (0,)))
+    learner_of(bert, cached=True, last_layers=2, cache=tmp_path)
+    learner_of(bert, cached=True, keep_features=True, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+    other, _ = learner_of(bert, cached=True)
+    frozen = next(p for name, p in other.model.module.named_parameters() if Factor.of(name) is None)
+    frozen.data[0, 0] += 1.0
+    again = Learner(other.model, pad_id=0, batch_tokens=18, last_layers=1, cache=tmp_path)
+    again.prepare(examples)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_damaged_cache_and_one_that_cannot_be_written_are_named(tmp_path: Path):
+    learner_of(bert, cached=True, cache=tmp_path / "cache")
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(StorageError, match="delete it"):
+        learner_of(bert, cached=True, cache=tmp_path / "cache")
+    with pytest.raises(StorageError, match="run.cache"):
+        learner_of(bert, cached=True, cache=file / "below")
 
 
 @pytest.mark.parametrize("make", [bert, llama, llava])

@@ -317,9 +317,9 @@ class Config(Section):
 
     @property
     def content_id(self) -> str:
-        """SHA-256 of everything but where the results go."""
+        """SHA-256 of everything but where the results go and where activations are kept."""
         facts = self.model_dump(mode="json")
-        del facts["run"]["out"]
+        del facts["run"]["out"], facts["run"]["cache"]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def to_toml(self) -> str:

@@ -248,10 +248,13 @@ class RunSection(Section):
     """[run]: where results go, public randomness, and how often public test data is scored.
 
     `seed` draws the partition and the frozen A: public and repeatable. Noise and cohorts never come from it.
+    `cache` is a folder for what frozen layers make of examples (with lora.last_layers or training.head_rounds), so that later
+    runs on the same data need not compute it again; it tells as much as the data and is its owner's alone.
     `insecure_seed` is set by `--insecure-seed` alone and makes the run NOT PRIVATE.
     """
 
     out: str
+    cache: str | None = None
     seed: Seed = 0
     evaluate_every: Count = 10
     evaluate_examples: Count = 500

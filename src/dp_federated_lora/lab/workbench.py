@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final, cast, final
 
 import torch
@@ -273,6 +274,7 @@ class Workbench:
             last_layers=config.lora.last_layers,
             keep_features=config.training.head_rounds > 0,
             images=images,
+            cache=Path(config.run.cache) if config.run.cache else None,
         )
         bench = cls(config, model, learner, method, tokenizer, images)
         bench.start_head()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Final, cast, final
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from dp_federated_lora.data import Examples, ImageFormat, collate, length_batches
 from dp_federated_lora.errors import ModelError
 from dp_federated_lora.lora import AdaptedModel, Classifier, Factor, Task, block_list
+from dp_federated_lora.training.kept import Kept, fingerprint
 
 _FEATURE_TOKENS: Final = 16
 """An example's kept features in tokens: what the gradient of a head takes in memory, roughly."""
@@ -35,6 +37,7 @@ class Learner:
         last_layers: number of adapted blocks at the top if the others may be cached; None for no cache.
         keep_features: whether there will be rounds that train the head alone.
         images: how the model takes images; None for one of texts alone.
+        cache: folder for what never changes, so that later runs on the same model and examples find it; None for memory.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Learner:
         last_layers: int | None,
         keep_features: bool = False,
         images: ImageFormat | None = None,
+        cache: Path | None = None,
     ) -> None:
         self.model = model
         self._pad_id = pad_id
@@ -54,9 +58,8 @@ class Learner:
         blocks = block_list(model.module) if last_layers else None
         depth = len(blocks) - last_layers if blocks and last_layers else 0
         self._trunk = _Trunk(blocks, depth) if blocks and depth else None
-        self._states: dict[object, Tensor] = {}
         self._keep_features = keep_features
-        self._features: dict[object, Tensor] = {}
+        self._kept = Kept(cache)
         self._factors = model.parameters(frozenset(Factor) - {Factor.HEAD})
         self._factors_of_features = {name: p.detach().clone() for name, p in self._factors.items()}
 
@@ -72,30 +75,61 @@ class Learner:
 
         Doing it once, up front and in a fixed order keeps a resumed run equal to the bit. Call it before the model's
         adapter changes for the first time.
+
+        Raises:
+            StorageError: if the cache refuses a file, or holds a damaged one.
         """
         if self._trunk is None and not self._keep_features:
             return
-        known = self._states if self._trunk else self._features
+        known = self._kept.states if self._trunk else self._kept.features
         if all(examples.content(index) in known for index in range(len(examples))):
             return
-        room = sum(len(sequence) for sequence in examples.tokens)
-        # One block: thousands of small ones, each left between large short-lived ones, would spread over three times the memory.
-        store: Tensor | None = None
-        for batch in self.batches(examples, range(len(examples))):
+        batches = length_batches([len(sequence) for sequence in examples.tokens], max_tokens=self._batch_tokens)
+        order = [index for batch in batches for index in batch]
+        if not self._kept.find(self._key, examples, order):
+            self._kept.keep(self._key, examples, order, self._prepared(examples, batches))
+        elif self._trunk:
+            self._trunk.record(partial(self._forward, self._inputs(examples, order[:1])))  # so that replay knows its blocks
+
+    def _prepared(self, examples: Examples, batches: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """States `(tokens of all, h)` and features `(n, h)`, as far as they are kept, batch by batch."""
+        tensors: dict[str, Tensor] = {}
+
+        def put(name: str, rows: int, first: int, values: Tensor) -> None:
+            # One block each: thousands of small ones, each left between large short-lived ones, would spread over three times
+            # the memory.
+            if name not in tensors:
+                tensors[name] = values.new_empty(rows, values.shape[-1])
+            tensors[name][first : first + len(values)] = values
+
+        tokens, done, seen = sum(len(sequence) for sequence in examples.tokens), 0, 0
+        for batch in batches:
             inputs = self._inputs(examples, batch)
             start: AbstractContextManager[None] = nullcontext()
             if self._trunk:
                 states = self._trunk.record(partial(self._forward, inputs))
                 start = self._trunk.replay(states)
-                if store is None:
-                    store = states.new_empty(room, states.shape[-1])
                 for row, index in enumerate(batch):
-                    length = len(examples.tokens[index])
-                    room -= length
-                    self._states[examples.content(index)] = store[room : room + length].copy_(states[row, :length])
+                    put("states", tokens, done, states[row, : len(examples.tokens[index])])
+                    done += len(examples.tokens[index])
             if self._keep_features:
                 with torch.no_grad(), start:
-                    self._features.update(zip(map(examples.content, batch), self._classifier.features(**inputs), strict=True))
+                    put("features", len(examples), seen, self._classifier.features(**inputs))
+            seen += len(batch)
+        return tensors
+
+    @cached_property
+    def _key(self) -> str:
+        """What decides the kept tensors beside the examples: the model at its start, and how batches are made and computed."""
+        module = self.model.module
+        tensors = {name: tensor for name, tensor in module.state_dict().items() if Factor.of(name) is None}
+        facts: list[object] = [part.config for part in module.modules() if hasattr(part, "config")]
+        depth = self._trunk.depth if self._trunk else 0
+        facts += [depth, self._pad_id, self._batch_tokens, self._images, torch.get_num_threads()]
+        if self._keep_features:
+            tensors |= self._factors_of_features
+            facts.append(self._classifier.pooling)
+        return fingerprint(tensors, *facts)
 
     def logits(self, examples: Examples, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, token ids `(B, T)` and mask `(B, T)` of a batch: 1 on tokens of text, 0 on padding and where an image is."""
@@ -104,8 +138,8 @@ class Learner:
         if self._images is not None:
             mask = mask * (ids != self._images.token)
         if self._features_serve(contents):
-            return self._classifier.head(torch.stack([self._features[content] for content in contents])), ids, mask
-        states = [self._states.get(content) for content in contents]
+            return self._classifier.head(torch.stack([self._kept.features[content] for content in contents])), ids, mask
+        states = [self._kept.states.get(content) for content in contents]
         known = [state for state in states if state is not None]
         if self._trunk is None or len(known) < len(contents):
             return self._forward(inputs), ids, mask
@@ -124,10 +158,10 @@ class Learner:
 
     def _features_serve(self, contents: Sequence[object]) -> bool:
         """Whether features of all these are kept and those of the adapter as it is, and no gradient has to pass through them."""
-        if not self._features or (torch.is_grad_enabled() and any(p.requires_grad for p in self._factors.values())):
+        if not self._kept.features or (torch.is_grad_enabled() and any(p.requires_grad for p in self._factors.values())):
             return False
         same = all(torch.equal(p, self._factors_of_features[name]) for name, p in self._factors.items())
-        return same and all(content in self._features for content in contents)
+        return same and all(content in self._kept.features for content in contents)
 
     def _inputs(self, examples: Examples, indices: Sequence[int]) -> dict[str, Tensor]:
         """What the model takes, by the names that transformers gives it."""

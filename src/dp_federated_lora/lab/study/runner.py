@@ -25,13 +25,15 @@ from dp_federated_lora.lora import Factor
 from dp_federated_lora.monitoring.metrics import read_metrics
 
 RESULTS: Final = "results"
+CACHE: Final = "cache"
 
 
 @final
 class SharedBench:
-    """One model with its prepared examples for all cells that differ in neither."""
+    """One model with its prepared examples for all cells that differ in neither; `cache` keeps those of an earlier start."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: Path) -> None:
+        self._cache = str(cache)
         self._key: object = None
         self._bench: Workbench | None = None
         self._start: dict[str, Tensor] = {}
@@ -41,7 +43,8 @@ class SharedBench:
         key = bench_key(config)
         if self._bench is None or key != self._key:
             self._bench = None  # its prepared states may fill the memory
-            self._bench, self._key = Workbench.of(config), key
+            kept = config.run.model_copy(update={"cache": self._cache})
+            self._bench, self._key = Workbench.of(config.model_copy(update={"run": kept})), key
             self._start = self._bench.model.state()
         bench = replace(self._bench, config=config, method=linear_method(config))
         bench.model.load(self._start)
@@ -69,7 +72,7 @@ def run_study(cells: Sequence[Cell], folder: Path, *, on_cell: Callable[[Cell, i
     Raises:
         ConfigError: if a baseline has no test data to be scored on.
     """
-    shared = SharedBench()
+    shared = SharedBench(folder / CACHE)
     open_cells = {cell.name: cell for cell in cells if not (folder / RESULTS / f"{cell.name}.json").exists()}
     # By repeat within a model, so that a study that is stopped early has a little of everything.
     for number, cell in enumerate(sorted(open_cells.values(), key=lambda cell: (bench_key(cell.config), cell.repeat))):
