@@ -87,6 +87,19 @@ class Examples:
         images = tuple(self.images[index] for index in chosen) if self.images else ()
         return Examples(tokens, labels, tuple(self.units[index] for index in chosen), images)
 
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[Examples, Sequence[int]]]) -> Examples:
+        """The examples at the given indices of several sets, one after the other, with units 0, 1, 2, ...
+
+        Raises:
+            DataError: if some have labels or images and others do not.
+
+        """
+        picked = [(examples, index) for examples, indices in parts for index in indices]
+        labels = tuple(examples.labels[index] for examples, index in picked if examples.labels is not None)
+        images = tuple(examples.images[index] for examples, index in picked if examples.images)
+        return cls(tuple(examples.tokens[index] for examples, index in picked), labels or None, (), images)
+
     def split(self, share: float, seed: int) -> tuple[Examples, Examples]:
         """Hold out about `share` of the examples; returns the rest and the held-out ones.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import final
@@ -10,10 +10,10 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from dp_federated_lora.aggregation import HEAD_ALONE, LinearMethod, components, truncated
+from dp_federated_lora.aggregation import LinearMethod, components
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import IncompatiblePlan
-from dp_federated_lora.federated.local_round import load_own, local_change
+from dp_federated_lora.federated.local_round import adapter_of, load_own, local_change
 from dp_federated_lora.federated.memory import ClientMemory
 from dp_federated_lora.federated.staleness import staleness_weight
 from dp_federated_lora.privacy import (
@@ -114,6 +114,30 @@ class Client:
         """Whether it starts a round from what it kept of an earlier one."""
         return bool(self.method.kept) or (self.local is not None and self.local.control)
 
+    def require_plan(self, request: Request) -> None:
+        """Refuse a request that follows another plan.
+
+        Raises:
+            IncompatiblePlan: naming both.
+        """
+        if request.plan_id != self.plan.content_id:
+            raise IncompatiblePlan(
+                f"{self.name} agreed to plan {self.plan.content_id[:12]}, the request of round {request.round} follows "
+                f"{request.plan_id[:12]}: refused, nothing was computed"
+            )
+
+    def sample(self, request: Request, rng: SecureRandom) -> tuple[Examples, list[UnitId]]:
+        """The examples whose secret coins say yes in this round, and their units (unit = example)."""
+        chosen = self.plan.draw(self.examples.units, rng.derive("sample"), number=request.round, tier=self.tier).tolist()
+        picked = Examples.joined([(self.examples, chosen)])
+        return picked, [UnitId(f"{self.name}/{self.examples.units[index]}") for index in chosen]
+
+    def clip(self, request: Request, rows: Tensor, units: Sequence[UnitId]) -> BoundedSum:
+        """The sum of what units contribute, rows `(B, d)`: sketched, and clipped around the request's centre."""
+        centre = 0.0 if request.centre is None else request.centre
+        encoded = self.method.sketch.encode(rows - centre, request.round)
+        return self.plan.clip(encoded, request.clip_norm, units, tier=self.tier, weight=request.weight)
+
     def clip_factor(self, change: Tensor, clip_norm: float) -> float:
         """By how much the plan shortens this client's change `(d,)`, at most 1."""
         bound = clip_norm * (self.plan.tiers[self.tier].clip_share if self.plan.tiers else 1.0)
@@ -139,29 +163,15 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
         IncompatiblePlan: if the request follows another plan than the one agreed to.
         CheckpointError: if the client's state is missing or damaged.
     """
-    plan = client.plan
-    if request.plan_id != plan.content_id:
-        raise IncompatiblePlan(
-            f"{client.name} agreed to plan {plan.content_id[:12]}, the request of round {request.round} follows "
-            f"{request.plan_id[:12]}: refused, nothing was computed"
-        )
-    adapter = request.adapter
-    # Rounds of the head alone send no factors, and the features kept for them are those of the whole adapter.
-    if client.rank is not None and client.method.factors_in(request.round) != HEAD_ALONE:
-        adapter = truncated(adapter, client.rank)
-    learner.model.load(adapter)
+    client.require_plan(request)
+    learner.model.load(adapter_of(request, client))
     if request.purpose is Purpose.EVALUATION:
         load_own(client, learner, before=request.round + 1)
         return _scores(client, learner)
-    sketch = client.method.sketch
     trained = learner.model.train_only(client.method.factors_in(request.round))
-    centre = 0.0 if request.centre is None else request.centre
-    sums = (
-        plan.clip(sketch.encode(rows - centre, request.round), request.clip_norm, units, tier=client.tier, weight=request.weight)
-        for rows, units in contributions(request, client, learner, trained, rng)
-    )
-    size = sketch.size(Layout.of(trained).size) + plan.extra_coordinates
-    return BoundedSum.merge(sums, size=size, clip_norm=plan.sensitivity(request.clip_norm))
+    sums = (client.clip(request, rows, units) for rows, units in contributions(request, client, learner, trained, rng))
+    size = client.method.sketch.size(Layout.of(trained).size) + client.plan.extra_coordinates
+    return BoundedSum.merge(sums, size=size, clip_norm=client.plan.sensitivity(request.clip_norm))
 
 
 def contributions(
@@ -178,16 +188,19 @@ def contributions(
     """
     plan = client.plan
     if plan.unit is PrivacyUnit.EXAMPLE:
-        chosen = plan.draw(client.examples.units, rng.derive("sample"), number=request.round, tier=client.tier).tolist()
-        yield from example_gradients(learner, trained, client.examples, chosen, client.name)
+        yield from example_gradients(learner, trained, *client.sample(request, rng))
         return
     if client.local is None:
         raise IncompatiblePlan("unit = client trains locally; [training] needs local steps")
     if plan.trust is Trust.LOCAL and not plan.draw(range(1), rng.derive("sample"), number=request.round, tier=client.tier).size:
         return
-    generator = torch.Generator().manual_seed(int(rng.derive("batches").uint64(1)[0] >> 1))
-    change = local_change(request, client, learner, client.local.in_round(request.round), generator)
+    change = local_change(request, client, learner, client.local.in_round(request.round), batch_stream(rng))
     yield change[None], [UnitId(client.name)]
+
+
+def batch_stream(rng: SecureRandom) -> torch.Generator:
+    """What draws a client's local batches."""
+    return torch.Generator().manual_seed(int(rng.derive("batches").uint64(1)[0] >> 1))
 
 
 def report(request: Request, client: Client, learner: Learner, permit: Permit, rng: SecureRandom) -> Released:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
 
-from dp_federated_lora.aggregation import control_after
+from dp_federated_lora.aggregation import HEAD_ALONE, control_after, truncated
 from dp_federated_lora.errors import IncompatiblePlan
-from dp_federated_lora.training import Learner, LocalSteps, local_update
+from dp_federated_lora.lora import Factor
+from dp_federated_lora.training import Learner, LocalSteps, local_update, local_updates
 from dp_federated_lora.vector import Layout
 
 if TYPE_CHECKING:
@@ -47,26 +49,118 @@ def local_change(request: Request, client: Client, learner: Learner, local: Loca
         CheckpointError: if its state is missing or damaged.
         StorageError: if the state cannot be saved.
     """
-    method, number, own = client.method, request.round, load_own(client, learner, before=request.round)
-    sent, kept = (learner.model.parameters(factors) for factors in (method.factors_in(number), method.kept_in(number)))
-    trained = learner.model.train_only(method.trained_in(number))
-    if local.control and request.control.keys() != sent.keys():
-        raise IncompatiblePlan(
-            f"{client.name} agreed to control variates, and the request of round {number} has them for {sorted(request.control)} "
-            f"instead of {sorted(sent)}: the server needs a Scaffold optimiser; nothing was computed"
-        )
-    own_controls = {n: own.get(n, torch.zeros_like(c)) for n, c in request.control.items()} if local.control else {}
-    correction = {name: request.control[name] - c for name, c in own_controls.items()}
-    turns = [learner.model.parameters(factors) for factors in method.local_factors(number)]
-    update = local_update(learner, trained, client.examples, local, generator, turns=turns, correction=correction)
-    changes = Layout.of(trained).unflatten(update)
-    projected = method.project and method.project(request.adapter, changes, method.factors_in(number), request.clip_norm)
-    change = Layout.of(sent).flatten({name: (projected or changes)[name] for name in sent})
-    following = {name: p.detach().clone() for name, p in kept.items()}
-    if local.control:  # of the change as it is clipped, which is what the server's c follows
-        counted = Layout.of(sent).unflatten(change.to(torch.float64) * client.clip_factor(change, request.clip_norm))
-        for name, c in own_controls.items():
+    begun = LocalRound.begin(request, client, learner)
+    trained = learner.model.train_only(client.method.trained_in(request.round))
+    turns = [learner.model.parameters(factors) for factors in client.method.local_factors(request.round)]
+    update = local_update(learner, trained, client.examples, local, generator, turns=turns, correction=begun.correction)
+    return begun.finish(local, update, trained)
+
+
+def stacked_changes(
+    request: Request, clients: Sequence[Client], learner: Learner, local: LocalSteps, generators: Sequence[torch.Generator]
+) -> Iterator[Tensor]:
+    """As `local_change` of each of `clients`, of one method, by `local_updates`: equal to the rounding of floats.
+
+    Args:
+        request: of the round.
+        clients: who trains.
+        learner: its adapter is overwritten.
+        local: the clients' steps in this round.
+        generators: draw the clients' batches.
+
+    Raises:
+        As `local_change`.
+    """
+    begun, starts, model, method = [], [], learner.model, clients[0].method
+    for client in clients:
+        model.load(adapter_of(request, client))
+        begun.append(LocalRound.begin(request, client, learner))
+        starts.append(model.state())
+    trained = list(model.train_only(method.trained_in(request.round)))
+    turns = [model.parameters(factors) for factors in method.local_factors(request.round)]
+    updates = local_updates(
+        learner,
+        starts,
+        [client.examples for client in clients],
+        local,
+        generators,
+        trained=trained,
+        turns=turns,
+        corrections=[each.correction for each in begun],
+    )
+    for each, (update, after) in zip(begun, updates, strict=True):
+        yield each.finish(local, update, after)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LocalRound:
+    """What a client has at hand while it trains.
+
+    Args:
+        request: of the round.
+        client: who trains.
+        own: what it kept of earlier rounds, c_k by the name of what it corrects.
+        own_controls: its c_k of what the round sends, zero where it has none yet; empty without SCAFFOLD.
+        sent: layout of what it sends.
+    """
+
+    request: Request
+    client: Client
+    own: Mapping[str, Tensor]
+    own_controls: Mapping[str, Tensor]
+    sent: Layout
+
+    @classmethod
+    def begin(cls, request: Request, client: Client, learner: Learner) -> LocalRound:
+        """Put the client's own factors into the model, which is at the global adapter.
+
+        Raises:
+            IncompatiblePlan, CheckpointError: as `local_change`.
+        """
+        own, number = load_own(client, learner, before=request.round), request.round
+        sent = learner.model.parameters(client.method.factors_in(number))
+        controlled = client.local is not None and client.local.control
+        if controlled and request.control.keys() != sent.keys():
+            raise IncompatiblePlan(
+                f"{client.name} agreed to control variates, and the request of round {number} has them for "
+                f"{sorted(request.control)} instead of {sorted(sent)}: the server needs a Scaffold optimiser; nothing was "
+                "computed"
+            )
+        own_controls = {n: own.get(n, torch.zeros_like(c)) for n, c in request.control.items()} if controlled else {}
+        return cls(request, client, own, own_controls, Layout.of(sent))
+
+    @property
+    def correction(self) -> Mapping[str, Tensor]:
+        """What SCAFFOLD adds to gradients, c - c_k, by name."""
+        return {name: self.request.control[name] - c for name, c in self.own_controls.items()}
+
+    def finish(self, local: LocalSteps, update: Tensor, after: Mapping[str, Tensor]) -> Tensor:
+        """What is sent of `update` `(d,)`; what the client keeps, of the trained parameters `after`, is saved.
+
+        Raises:
+            StorageError: if it cannot be saved.
+        """
+        request, client, method, number = self.request, self.client, self.client.method, self.request.round
+        changes = Layout.of(after).unflatten(update)
+        projected = method.project and method.project(request.adapter, changes, method.factors_in(number), request.clip_norm)
+        change = self.sent.flatten({name: (projected or changes)[name] for name, _ in self.sent.entries})
+        kept = method.kept_in(number)
+        following = {name: tensor.detach().clone() for name, tensor in after.items() if Factor.of(name) in kept}
+        # Of the change as it is clipped, which is what the server's c follows.
+        counted = self.sent.unflatten(change.to(torch.float64) * client.clip_factor(change, request.clip_norm))
+        for name, c in self.own_controls.items():
             following[name] = control_after(c, request.control[name], counted[name], local.length)
-    if following and client.memory is not None and all(bool(torch.isfinite(t).all()) for t in following.values()):
-        client.memory.keep(client.name, number, {**own, **following})
-    return change
+        if following and client.memory is not None and all(bool(torch.isfinite(t).all()) for t in following.values()):
+            client.memory.keep(client.name, number, {**self.own, **following})
+        return change
+
+
+def adapter_of(request: Request, client: Client) -> Mapping[str, Tensor]:
+    """The global adapter as `client` gets it: up to its rank.
+
+    Rounds of the head alone send no factors, and the features kept for them are those of the whole adapter.
+    """
+    if client.rank is None or client.method.factors_in(request.round) == HEAD_ALONE:
+        return request.adapter
+    return truncated(request.adapter, client.rank)

@@ -318,8 +318,9 @@ class Config(Section):
     @property
     def content_id(self) -> str:
         """SHA-256 of everything but where the results go and where activations are kept."""
-        facts = self.model_dump(mode="json")
-        del facts["run"]["out"], facts["run"]["cache"]
+        facts = self.model_dump(mode="json", exclude_none=True)  # so that a key that a later version adds changes no id
+        for key in ("out", "cache"):
+            facts["run"].pop(key, None)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def to_toml(self) -> str:

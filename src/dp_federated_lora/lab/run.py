@@ -144,7 +144,8 @@ class Run:
         sets = [examples for client in clients for examples in (client.examples, client.held_out)]
         self._prepare(sets if self._probe is None else [*sets, self._probe])
         server, self._state = self._bench.server(self._plan)
-        self._exchange, self._server = instrument(Simulator(clients, self._bench.learner), server)
+        simulator = Simulator(clients, self._bench.learner, stack_tokens=self._bench.config.run.stack_tokens)
+        self._exchange, self._server = instrument(simulator, server)
         self._ledger = Ledger.open(directory.ledger, budget=self._plan.budget, owner=OWNER)
         self._lifetime = LifetimeBudgets.open(config)
         self._stopped: str | None = None

@@ -1,4 +1,4 @@
-"""All participants in one process, one after the other, sharing one model."""
+"""All participants in one process, sharing one model."""
 
 from __future__ import annotations
 
@@ -6,28 +6,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import final
 
 from dp_federated_lora.errors import ConfigError
-from dp_federated_lora.federated import Client, Request, handle, report
+from dp_federated_lora.federated import Client, Request, handle, handle_together, report
 from dp_federated_lora.privacy import BoundedSum, Permit, Released, SecureRandom
 from dp_federated_lora.training import Learner
 
 
 @final
 class Simulator:
-    """An `Exchange` that is a loop over `handle`.
+    """An `Exchange` that is a loop over `handle`, or over stacks of clients.
 
     Args:
         clients: all participants; names are unique.
-        learner: the model that every client computes with in turn.
+        learner: the model that every client computes with.
+        stack_tokens: most tokens of a local step of clients that are computed together, as `handle_together`; None for one client
+            after the other, whose numbers then depend on nobody else's.
 
     Raises:
         ConfigError: if two clients have one name.
     """
 
-    def __init__(self, clients: Sequence[Client], learner: Learner) -> None:
+    def __init__(self, clients: Sequence[Client], learner: Learner, *, stack_tokens: int | None = None) -> None:
         if len({client.name for client in clients}) != len(clients):
             raise ConfigError("client names must be unique: one participant would count twice in a sum")
         self.clients = tuple(clients)
         self.learner = learner
+        self.stack_tokens = stack_tokens
 
     @property
     def names(self) -> Sequence[str]:
@@ -36,6 +39,10 @@ class Simulator:
 
     def __call__(self, request: Request, clients: Sequence[int], rng: SecureRandom) -> Iterator[BoundedSum]:
         """Replies one at a time, so that memory does not grow with the cohort."""
+        if self.stack_tokens is not None:
+            asked = [self.clients[index] for index in clients]
+            yield from handle_together(request, asked, self.learner, rng, tokens=self.stack_tokens)
+            return
         for index in clients:
             client = self.clients[index]
             yield handle(request, client, self.learner, rng.derive(client.name))

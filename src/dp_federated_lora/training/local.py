@@ -114,17 +114,16 @@ def local_update(
 
 
 def example_gradients(
-    learner: Learner, trained: Mapping[str, nn.Parameter], examples: Examples, chosen: Sequence[int], owner: str
+    learner: Learner, trained: Mapping[str, nn.Parameter], examples: Examples, units: Sequence[UnitId]
 ) -> Iterator[tuple[Tensor, list[UnitId]]]:
-    """NEGATIVE gradients `(B, d)` of `chosen` examples, steps like local updates, batch by batch with their units.
+    """NEGATIVE gradients `(B, d)` of all `examples`, steps like local updates, batch by batch with their units.
 
     Args:
         learner: the model at the global adapter.
         trained: trained parameters by name; they define the layout.
-        examples: the client's examples.
-        chosen: indices of the sampled ones.
-        owner: the client's name, so that its units differ from everyone else's.
+        examples: the sampled ones.
+        units: of each example.
     """
     with ExampleGradients(learner.model.module, trained) as gradients:
-        for batch in learner.batches(examples, chosen):
-            yield gradients.rows(-learner.losses(examples, batch)), [UnitId(f"{owner}/{examples.units[i]}") for i in batch]
+        for batch in learner.batches(examples, range(len(examples))):
+            yield gradients.rows(-learner.losses(examples, batch)), [units[index] for index in batch]
