@@ -17,7 +17,16 @@ from torch import Tensor
 
 from dp_federated_lora.aggregation import FFA, Sgd
 from dp_federated_lora.errors import PrivacyError
-from dp_federated_lora.federated import Delays, Purpose, Request, Server, ServerState, read_checkpoint, write_checkpoint
+from dp_federated_lora.federated import (
+    SYNCHRONOUS,
+    Delays,
+    Purpose,
+    Request,
+    Server,
+    ServerState,
+    read_checkpoint,
+    write_checkpoint,
+)
 from dp_federated_lora.privacy import (
     AdaptiveClip,
     BoundedSum,
@@ -139,6 +148,13 @@ def test_a_delay_is_a_matter_of_the_name_alone_and_uniform():
     assert len(counts) == 4
     assert abs(counts - 2000).max() < 6 * math.sqrt(8000 * 3 / 16)  # fixed names: this is one number, not a draw
     assert [Delays(3, 2).of(name) for name in NAMES] != list(whole.values())
+
+
+def test_the_mean_weight_is_that_of_the_delays():
+    names = [f"client-{number}" for number in range(9)]
+    weights = [1 / (1 + Delays(4, 1).of(name)) ** 0.5 for name in names]
+    assert Delays(4, 1).mean_weight(names) == pytest.approx(sum(weights) / 9)
+    assert min(weights) < 1 == SYNCHRONOUS.mean_weight(names)
 
 
 def test_earlier_adapters_survive_in_the_checkpoint_to_the_bit(tmp_path: Path):

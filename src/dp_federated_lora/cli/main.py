@@ -82,7 +82,8 @@ def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
                 f"; {facts['groups'] ** 0.5:.4g} times that of one sum, for {facts['groups']} groups"
                 if facts["groups"] > 1
                 else ""
-            ),
+            )
+            + (f"; stale contributions weigh {facts['mean_weight']:.3g} on average" if facts["mean_weight"] < 1 else ""),
             "trained parameters": f"{facts['trainable_parameters']:,} ({facts['trainable_fraction']:.3%} of the model)",
             "bytes per participant and round": f"{facts['bytes_per_client_round']:,}",
         },

@@ -60,6 +60,10 @@ class Delays:
             groups[min(self.of(name), finished)].append(position)
         return groups
 
+    def mean_weight(self, names: Sequence[str]) -> float:
+        """Mean weight of the participants' contributions once every delay can be waited for; public."""
+        return sum(staleness_weight(self.of(name)) for name in names) / len(names)
+
     def remember(self, adapter: Mapping[str, Tensor], earlier: Earlier, trained: Iterable[str]) -> Earlier:
         """What later rounds need of `adapter` and of those before it: at most `longest` values of each `trained` tensor."""
         if self.longest == 0:

@@ -7,7 +7,7 @@ from typing import Any, final
 
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.shuffling import shuffled_gaussian_epsilon
-from dp_federated_lora.lab.workbench import Workbench, defence_notes, privacy_plan, unit_notes
+from dp_federated_lora.lab.workbench import Workbench, defence_notes, participant_names, privacy_plan, unit_notes
 from dp_federated_lora.privacy import PrivacyPlan, Spend, StatementRow, state_privacy
 
 
@@ -23,6 +23,7 @@ class RunPlan:
         bytes_per_client_round: adapter bytes to a client and back; fewer in rounds that train the head alone.
         noise_norm: expected L2 norm of the noise in a round's mean update.
         groups: whose sums are released one by one, for a robust rule; 1 without.
+        mean_weight: of contributions, by how old the adapter is that they began with; 1 without delays.
         statement: what the run would end with.
     """
 
@@ -32,6 +33,7 @@ class RunPlan:
     bytes_per_client_round: int
     noise_norm: float
     groups: int
+    mean_weight: float
     statement: tuple[StatementRow, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -48,6 +50,7 @@ class RunPlan:
             "trust": self.privacy.trust.value,
             "noise_sources": self.privacy.sites,
             "groups": self.groups,
+            "mean_weight": self.mean_weight,
             "trainable_parameters": self.trainable_parameters,
             "trainable_fraction": self.trainable_fraction,
             "bytes_per_client_round": self.bytes_per_client_round,
@@ -112,5 +115,6 @@ def plan_run(config: Config) -> RunPlan:
         bytes_per_client_round=server.bytes_per_client(plan.rounds),
         noise_norm=server.noise_norm(plan.rounds, plan.clip_norm),
         groups=server.defence.groups,
+        mean_weight=server.delays.mean_weight(participant_names(config)),
         statement=statement,
     )
