@@ -45,6 +45,8 @@ class SharedBench:
             self._bench = None  # its prepared states may fill the memory
             kept = config.run.model_copy(update={"cache": self._cache})
             self._bench, self._key = Workbench.of(config.model_copy(update={"run": kept})), key
+            if (test := self._bench.test_examples()) is not None:
+                self._bench.learner.prepare(test)  # every cell is scored on all of it
             self._start = self._bench.model.state()
         bench = replace(self._bench, config=config, method=linear_method(config))
         bench.model.load(self._start)
