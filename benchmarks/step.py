@@ -3,8 +3,9 @@
     python benchmarks/step.py [--repetitions 9] [--rows "MiniLM q,v 8x64"]
 
 A step is forward, backward and, with privacy, the sum of clipped per-example gradients; noise and optimiser are left out, as they
-are the same for all. Float32. Processor time of one thread, implementations in turn, medians; ratios to the step without privacy
-are the numbers to compare between machines.
+are the same for all. Float32, but for "ours, bfloat16", whose frozen weights are bfloat16. "Not private, fused" has our LoRA
+layers and the sum of gradients, so what fusing saves and what privacy costs are two numbers. Processor time of one thread,
+implementations in turn, medians; ratios to the step without privacy are the numbers to compare between machines.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import argparse
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Final, NamedTuple
 
 import torch
@@ -26,6 +29,7 @@ from dp_federated_lora.data import Examples, resolve
 from dp_federated_lora.lora import AdaptedModel, Task, adapt, load_backbone
 from dp_federated_lora.privacy import UnitId, clip_examples
 from dp_federated_lora.training import Learner
+from dp_federated_lora.training.fused import LoraLayer
 from dp_federated_lora.training.gradients import ExampleGradients
 
 CLIP: Final = 0.25
@@ -44,18 +48,20 @@ class Row(NamedTuple):
     tokens: int
 
 
+# The pooler's "dense" is left out: nothing uses what it computes.
+ALL_LINEAR: Final = ["query", "key", "value", "intermediate.dense", "output.dense"]
 ROWS: Final = {
     "MiniLM q,v 8x64": Row(MINILM, Task.CLASSIFICATION, ["query", "value"], 8, 64),
     "MiniLM q,v 4x32": Row(MINILM, Task.CLASSIFICATION, ["query", "value"], 4, 32),
-    "MiniLM all linear 32x64": Row(MINILM, Task.CLASSIFICATION, ["query", "key", "value", "dense"], 32, 64),
+    "MiniLM all linear 32x64": Row(MINILM, Task.CLASSIFICATION, ALL_LINEAR, 32, 64),
     "SmolLM2 q,v 4x128": Row(SMOLLM, Task.CAUSAL_LM, ["q_proj", "v_proj"], 4, 128),
 }
 
 
-def model_of(row: Row) -> AdaptedModel:
+def model_of(row: Row, dtype: torch.dtype = torch.float32) -> AdaptedModel:
     """The adapted model, B away from zero so that every factor has a gradient."""
     model = adapt(
-        load_backbone(resolve(row.source), row.task, dtype=torch.float32),
+        load_backbone(resolve(row.source), row.task, dtype=dtype),
         task=row.task,
         classes=CLASSES if row.task is Task.CLASSIFICATION else 0,
         rank=8,
@@ -96,13 +102,25 @@ def steps_of(model: AdaptedModel, row: Row, examples: Examples) -> dict[str, Cal
     sampler = GradSampleModule(hooked.module)
     fast = GradSampleModuleFastGradientClipping(ghost.module, max_grad_norm=CLIP, use_ghost_clipping=True)
     hooked_learner, ghost_learner = learner_of(hooked, row), learner_of(ghost, row)
+    half = model_of(row, torch.bfloat16)
+    half_learner, half_trained = learner_of(half, row), half.parameters(FEDAVG.factors)
 
     def without_privacy() -> Tensor:
         losses = learner.losses(examples, everything)
         return torch.cat([part.flatten() for part in torch.autograd.grad(losses.sum(), list(trained.values()))])
 
+    def fused() -> Tensor:
+        with summed(plain.module, trained) as (sums, others):
+            losses = learner.losses(examples, everything)
+            parts = torch.autograd.grad(losses.sum(), list(others.values()), allow_unused=True)
+        sums |= {name: part for name, part in zip(others, parts, strict=True) if part is not None}
+        return torch.cat([sums[name].flatten() for name in trained])
+
     def ours() -> object:
         return clip_examples(example_rows(learner, trained, examples), CLIP, units)
+
+    def ours_half() -> object:
+        return clip_examples(example_rows(half_learner, half_trained, examples), CLIP, units)
 
     def opacus_hooks() -> Tensor:
         sampler.zero_grad()
@@ -124,7 +142,34 @@ def steps_of(model: AdaptedModel, row: Row, examples: Examples) -> dict[str, Cal
         fast.enable_hooks()
         return torch.cat([p.grad.flatten() for p in ghost.parameters(FEDAVG.factors).values()])
 
-    return {"not private": without_privacy, "ours": ours, "Opacus, hooks": opacus_hooks, "Opacus, ghost": opacus_ghost}
+    return {
+        "not private": without_privacy,
+        "not private, fused": fused,
+        "ours": ours,
+        "ours, bfloat16": ours_half,
+        "Opacus, hooks": opacus_hooks,
+        "Opacus, ghost": opacus_ghost,
+    }
+
+
+@contextmanager
+def summed(module: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Our LoRA layers with the whole batch as one example; their gradients by name after a backward pass, and its inputs."""
+    names, sums, anchor = {id(p): name for name, p in trained.items()}, dict[str, Tensor](), torch.zeros((), requires_grad=True)
+    layers = [layer for part in module.modules() if (layer := LoraLayer.of(part))]
+
+    def run(fused: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return fused(x.reshape(1, -1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+    for layer in layers:
+        a, b = names.pop(id(layer.down.weight)), names.pop(id(layer.up.weight))
+        layer.swap(anchor, partial(sums.__setitem__, a), partial(sums.__setitem__, b))
+        layer.module.forward = partial(run, layer.module.forward)
+    try:
+        yield sums, {"": anchor} | {name: trained[name] for name in names.values()}
+    finally:
+        for layer in layers:
+            layer.restore()
 
 
 def example_rows(learner: Learner, trained: Mapping[str, nn.Parameter], examples: Examples) -> Tensor:
@@ -154,6 +199,7 @@ def main() -> None:
         steps, total = steps_of(model, row, examples), expected(model, row, examples)
         for label in ("Opacus, hooks", "Opacus, ghost"):  # they do the same work
             torch.testing.assert_close(steps[label](), total, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(steps["not private, fused"](), steps["not private"](), rtol=1e-3, atol=1e-4)
         for _ in range(options.repetitions):
             for label, step in steps.items():
                 start = time.process_time()
@@ -162,7 +208,7 @@ def main() -> None:
         base = statistics.median(times["not private"])
         for label, measured in times.items():
             median = statistics.median(measured)
-            print(f"{name:26}{label:16}{1e3 * median:10.1f} ms{median / base:8.2f}", flush=True)
+            print(f"{name:26}{label:20}{1e3 * median:10.1f} ms{median / base:8.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -146,18 +146,18 @@ def _clip_by(to_lattice: Callable[[Tensor, float, float], Tensor]) -> AbstractCo
     return patch.object(clipping, "_to_lattice", to_lattice)
 
 
-def _unclipped(rows: Tensor, clip_norm: float, share: float) -> Tensor:
-    return (rows.double() / clipping.resolution(clip_norm)).trunc().to(torch.int64)
+def _unclipped(row: Tensor, clip_norm: float, share: float) -> Tensor:
+    return (row.double() / clipping.resolution(clip_norm)).trunc()
 
 
-def _clip_each_factor(rows: Tensor, clip_norm: float, share: float) -> Tensor:
-    return torch.cat([_lattice(part, clip_norm) for part in rows.chunk(2, dim=1)], dim=1)
+def _clip_each_factor(row: Tensor, clip_norm: float, share: float) -> Tensor:
+    return torch.cat([_lattice(part, clip_norm) for part in row.chunk(2)])
 
 
-def _nan_is_short(rows: Tensor, clip_norm: float, share: float) -> Tensor:
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    scale = torch.where(norms > clip_norm, clip_norm / norms, 1.0) / clipping.resolution(clip_norm)
-    return (rows.double().nan_to_num(nan=0.0) * scale[:, None]).trunc().to(torch.int64)
+def _nan_is_short(row: Tensor, clip_norm: float, share: float) -> Tensor:
+    norm = torch.linalg.vector_norm(row, dtype=torch.float64)
+    scale = torch.where(norm > clip_norm, clip_norm / norm, 1.0) / clipping.resolution(clip_norm)
+    return (row.double().nan_to_num(nan=0.0) * scale).trunc()
 
 
 def _divide_by_replies() -> AbstractContextManager[object]:

@@ -1,22 +1,26 @@
-r"""Per-example gradients of linear layers by hooks, in one backward pass.
+r"""Per-example gradients of linear layers in one backward pass.
 
 For y = x W^T + b with x `(B, T, n)` and upstream gradient g `(B, T, m)`, example i has the gradient
 g_i^T x_i for W and sum_t g_it for b. LoRA factors and heads are small linear layers, so the B x d matrix of
 per-example gradients is a few per cent of a step and a second (ghost) pass would only cost
 (Goodfellow 2015, arXiv 1510.01799; Opacus, arXiv 2109.12298).
+
+LoRA layers that compute nothing else run as one Function each (`fused.py`); hooks collect from all others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Self, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from dp_federated_lora.errors import IncompatiblePlan
+from dp_federated_lora.training.fused import LoraLayer
 from dp_federated_lora.vector import Layout
 
 
@@ -37,11 +41,16 @@ class ExampleGradients:
     """
 
     def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
-        self._layout = Layout.of(trained)
+        self._slices = {name: part for name, _, part in Layout.of(trained).slices()}
         names = {id(parameter): name for name, parameter in trained.items()}
+        self._fused: list[tuple[LoraLayer, str | None, str | None]] = []
         self._layers: list[tuple[nn.Linear, str | None, str | None]] = []
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
+        for module in model.modules():  # a LoRA layer comes before the linear layers inside it
+            if (lora := LoraLayer.of(module)) and not any(id(parameter) in names for parameter in lora.base.parameters()):
+                a, b = names.pop(id(lora.down.weight), None), names.pop(id(lora.up.weight), None)
+                if a or b:
+                    self._fused.append((lora, a, b))
+            elif isinstance(module, nn.Linear):
                 weight = names.pop(id(module.weight), None)
                 bias = names.pop(id(module.bias), None) if module.bias is not None else None
                 if weight or bias:
@@ -51,19 +60,24 @@ class ExampleGradients:
                 f"per-example gradients exist for nn.Linear layers only; {sorted(names.values())} belong to others: "
                 "choose other lora.targets"
             )
-        self._rows: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._rows = torch.empty(0, 0)
+        self._missing: set[str] = set()
+        self._undo = ExitStack()
 
     def __enter__(self) -> Self:
-        for layer, weight, bias in self._layers:
-            self._handles.append(layer.register_forward_hook(self._recorder(weight, bias)))
+        with ExitStack() as undo:
+            for lora, a, b in self._fused:
+                lora.swap(self._anchor, partial(self._store, a) if a else None, partial(self._store, b) if b else None)
+                undo.callback(lora.restore)
+            for layer, weight, bias in self._layers:
+                undo.callback(layer.register_forward_hook(self._recorder(weight, bias)).remove)
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._rows.clear()
+        self._undo.close()
+        self._rows, self._missing = torch.empty(0, 0), set()
 
     def _recorder(self, weight: str | None, bias: str | None) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def after_forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -75,7 +89,9 @@ class ExampleGradients:
                 x = recorded.reshape(recorded.shape[0], -1, recorded.shape[-1])  # (B, T, n)
                 g = gradient.reshape(gradient.shape[0], -1, gradient.shape[-1])  # (B, T, m)
                 if weight:
-                    self._store(weight, torch.bmm(g.transpose(1, 2), x))
+                    # Of two orders the one whose left factor is the thinner matrix is several times faster on a CPU.
+                    wide = g.shape[-1] > x.shape[-1]
+                    self._store(weight, torch.bmm(x.mT, g).mT if wide else torch.bmm(g.mT, x))
                 if bias:
                     self._store(bias, g.sum(dim=1))
 
@@ -83,30 +99,31 @@ class ExampleGradients:
 
         return after_forward
 
-    def _store(self, name: str, rows: Tensor) -> None:
-        if name in self._rows:
+    def _store(self, name: str, gradients: Tensor) -> None:
+        """Keep the gradients `(B, ...)` of one parameter."""
+        if name not in self._missing:
             raise IncompatiblePlan(f"{name} is used twice in one forward pass; its per-example gradients would be lost")
-        self._rows[name] = rows.flatten(1).float()
+        if len(gradients) != len(self._rows):
+            raise IncompatiblePlan(
+                f"{name} saw {len(gradients)} rows of {len(self._rows)} examples; gradients can be told apart only "
+                "where each example is one row: choose other lora.targets"
+            )
+        self._missing.remove(name)
+        self._rows[:, self._slices[name]].view(gradients.shape).copy_(gradients)
 
     def rows(self, losses: Tensor) -> Tensor:
-        """Gradients `(B, d)` float32 of `losses` `(B,)`, one row per example, in the order of the layout.
+        """Gradients `(B, d)` of `losses` `(B,)`, one row per example, in the layout's order; float64 if losses are, else float32.
 
         Raises:
             IncompatiblePlan: if a layer ran on anything but one row for each example, or twice.
         """
+        size = max(part.stop for part in self._slices.values())
+        rows = losses.new_empty((len(losses), size), dtype=torch.promote_types(losses.dtype, torch.float32))
+        self._rows, self._missing = rows, set(self._slices)
         inputs = [layer.weight if weight else layer.bias for layer, weight, _ in self._layers]
         # The parameter gradients that autograd returns are the un-clipped batch sums: dropped here, never seen again.
-        torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
-        batch = losses.shape[0]
-        if strange := [name for name, rows in self._rows.items() if len(rows) != batch]:
-            raise IncompatiblePlan(
-                f"{strange[0]} saw {len(self._rows[strange[0]])} rows of {batch} examples; gradients can be told apart only "
-                "where each example is one row: choose other lora.targets"
-            )
-        rows = [
-            self._rows.pop(name).reshape(batch, -1)
-            if name in self._rows
-            else losses.new_zeros((batch, shape.numel()), dtype=torch.float32)
-            for name, shape in ((n, torch.Size(s)) for n, s in self._layout.entries)
-        ]
-        return torch.cat(rows, dim=1)
+        torch.autograd.grad(losses.sum(), [self._anchor, *inputs], allow_unused=True)
+        for name in self._missing:
+            rows[:, self._slices[name]] = 0.0
+        self._rows, self._missing = torch.empty(0, 0), set()
+        return rows
