@@ -47,43 +47,52 @@ def local_updates(
         For each client the change `(d,)` and the trained parameters by name.
     """
     layout = Layout.of({name: starts[0][name] for name in trained})
-    busy = [number for number, own in enumerate(examples) if len(own)]
-    own_names = [n for n in starts[0] if n in trained or any(not torch.equal(s[n], starts[0][n]) for s in starts)]
-    begin = {name: torch.stack([starts[number][name] for number in busy]) for name in own_names} if busy else {}
-    stacks = {name: nn.Parameter(tensor.clone(), requires_grad=name in trained) for name, tensor in begin.items()}
-    added = {
-        name: torch.stack([corrections[number][name] for number in busy])
-        for name in (corrections[0] if corrections and busy else ())
-    }
-    optimizer = local.optimizer_of([stacks[name] for name in trained]) if busy else None
-    for step in range(local.steps if busy else 0):
-        turn = [name for name in trained if name in turns[step % len(turns)]] if turns else trained
-        chosen = [torch.randperm(len(examples[n]), generator=generators[n])[: local.batch_size].tolist() for n in busy]
-        together = Examples.joined([(examples[number], picked) for number, picked in zip(busy, chosen, strict=True)])
+    own = [n for n in starts[0] if n in trained or any(not torch.equal(start[n], starts[0][n]) for start in starts)]
+    after = [{name: start[name].clone() for name in trained} for start in starts]
+    if busy := [number for number, each in enumerate(examples) if len(each)]:
+        stacks = {name: nn.Parameter(torch.stack([starts[number][name] for number in busy]), name in trained) for name in own}
+        added = {name: torch.stack([corrections[n][name] for n in busy]) for name in (corrections[0] if corrections else ())}
+        draws = [(examples[number], generators[number]) for number in busy]
+        _take_steps(learner, stacks, draws, local, turns=turns or [trained], added=added)
+        for place, number in enumerate(busy):
+            after[number] = {name: stacks[name].detach()[place].clone() for name in trained}
+    return [
+        (layout.flatten(end) - layout.flatten({name: start[name] for name in trained}), end)
+        for start, end in zip(starts, after, strict=True)
+    ]
+
+
+def _take_steps(
+    learner: Learner,
+    stacks: Mapping[str, nn.Parameter],
+    draws: Sequence[tuple[Examples, torch.Generator]],
+    local: LocalSteps,
+    *,
+    turns: Sequence[Collection[str]],
+    added: Mapping[str, Tensor],
+) -> None:
+    """Change the trained ones of `stacks` `(C, ...)` in place; every client has examples."""
+    trained = {name: stack for name, stack in stacks.items() if stack.requires_grad}
+    begin = {name: stack.detach().clone() for name, stack in trained.items()}
+    optimizer = local.optimizer_of(list(trained.values()))
+    for step in range(local.steps):
+        turn = {name: stack for name, stack in trained.items() if name in turns[step % len(turns)]}
+        chosen = [torch.randperm(len(own), generator=stream)[: local.batch_size].tolist() for own, stream in draws]
+        together = Examples.joined([(own, picked) for (own, _), picked in zip(draws, chosen, strict=True)])
         owners = torch.tensor([place for place, picked in enumerate(chosen) for _ in picked])
         shares = torch.tensor([1.0 / len(picked) for picked in chosen], dtype=torch.float64)[owners]
-        gradients = {name: local.proximal * (stacks[name].detach() - begin[name]) for name in turn}
+        gradients = {name: local.proximal * (stack.detach() - begin[name]) for name, stack in turn.items()}
         for name in added.keys() & gradients.keys():
             gradients[name] += added[name]
         for batch in learner.batches(together, range(len(together))):
             with own_weights(learner.model.module, stacks, owners[batch]):
                 losses = learner.losses(together, batch)
             loss = (losses * shares[batch].to(losses.dtype)).sum()
-            parts = torch.autograd.grad(loss, [stacks[name] for name in turn], materialize_grads=True)
-            for name, part in zip(turn, parts, strict=True):
+            for name, part in zip(turn, torch.autograd.grad(loss, list(turn.values()), materialize_grads=True), strict=True):
                 gradients[name] += part
-        for name in trained:
-            stacks[name].grad = gradients.get(name)
-        if optimizer:
-            optimizer.step()
-    results = [
-        (torch.zeros(layout.size, dtype=next(iter(starts[0].values())).dtype), {name: start[name].clone() for name in trained})
-        for start in starts
-    ]
-    for place, number in enumerate(busy):
-        after = {name: stacks[name].detach()[place].clone() for name in trained}
-        results[number] = (layout.flatten(after) - layout.flatten({n: starts[number][n] for n in trained}), after)
-    return results
+        for name, stack in trained.items():
+            stack.grad = gradients.get(name)
+        optimizer.step()
 
 
 @contextmanager
