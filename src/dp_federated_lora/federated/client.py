@@ -126,11 +126,21 @@ class Client:
                 f"{request.plan_id[:12]}: refused, nothing was computed"
             )
 
+    def local_in(self, number: int) -> LocalSteps:
+        """Local steps of round `number` (unit = client).
+
+        Raises:
+            IncompatiblePlan: if the client has none.
+        """
+        if self.local is None:
+            raise IncompatiblePlan("unit = client trains locally; [training] needs local steps")
+        return self.local.in_round(number)
+
     def sample(self, request: Request, rng: SecureRandom) -> tuple[Examples, list[UnitId]]:
         """The examples whose secret coins say yes in this round, and their units (unit = example)."""
         chosen = self.plan.draw(self.examples.units, rng.derive("sample"), number=request.round, tier=self.tier).tolist()
-        picked = Examples.joined([(self.examples, chosen)])
-        return picked, [UnitId(f"{self.name}/{self.examples.units[index]}") for index in chosen]
+        picked = self.examples.subset(chosen)
+        return picked, [UnitId(f"{self.name}/{unit}") for unit in picked.units]
 
     def clip(self, request: Request, rows: Tensor, units: Sequence[UnitId]) -> BoundedSum:
         """The sum of what units contribute, rows `(B, d)`: sketched, and clipped around the request's centre."""
@@ -190,11 +200,10 @@ def contributions(
     if plan.unit is PrivacyUnit.EXAMPLE:
         yield from example_gradients(learner, trained, *client.sample(request, rng))
         return
-    if client.local is None:
-        raise IncompatiblePlan("unit = client trains locally; [training] needs local steps")
+    local = client.local_in(request.round)
     if plan.trust is Trust.LOCAL and not plan.draw(range(1), rng.derive("sample"), number=request.round, tier=client.tier).size:
         return
-    change = local_change(request, client, learner, client.local.in_round(request.round), batch_stream(rng))
+    change = local_change(request, client, learner, local, batch_stream(rng))
     yield change[None], [UnitId(client.name)]
 
 

@@ -147,10 +147,10 @@ class LocalRound:
         change = self.sent.flatten({name: (projected or changes)[name] for name, _ in self.sent.entries})
         kept = method.kept_in(number)
         following = {name: tensor.detach().clone() for name, tensor in after.items() if Factor.of(name) in kept}
-        # Of the change as it is clipped, which is what the server's c follows.
-        counted = self.sent.unflatten(change.to(torch.float64) * client.clip_factor(change, request.clip_norm))
-        for name, c in self.own_controls.items():
-            following[name] = control_after(c, request.control[name], counted[name], local.length)
+        if self.own_controls:  # of the change as it is clipped, which is what the server's c follows
+            counted = self.sent.unflatten(change.to(torch.float64) * client.clip_factor(change, request.clip_norm))
+            for name, c in self.own_controls.items():
+                following[name] = control_after(c, request.control[name], counted[name], local.length)
         if following and client.memory is not None and all(bool(torch.isfinite(t).all()) for t in following.values()):
             client.memory.keep(client.name, number, {**self.own, **following})
         return change

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from dp_federated_lora.data import Examples
-from dp_federated_lora.errors import IncompatiblePlan
 from dp_federated_lora.federated.client import Client, Purpose, Request, batch_stream, handle
 from dp_federated_lora.federated.local_round import adapter_of, stacked_changes
 from dp_federated_lora.privacy import BoundedSum, PrivacyUnit, SecureRandom, Trust, UnitId
@@ -33,20 +32,21 @@ def handle_together(
     Raises:
         As `handle`.
     """
-    if request.purpose is Purpose.EVALUATION or (clients and clients[0].plan.trust is Trust.LOCAL):
+    if not clients:
+        return
+    plan = clients[0].plan
+    if request.purpose is Purpose.EVALUATION or plan.trust is Trust.LOCAL:
         yield from (handle(request, client, learner, rng.derive(client.name)) for client in clients)
         return
     for client in clients:
         client.require_plan(request)
-    if clients and clients[0].plan.unit is PrivacyUnit.EXAMPLE:
+    if plan.unit is PrivacyUnit.EXAMPLE:
         yield from _examples_together(request, clients, learner, rng)
         return
     for stack in _stacks(clients, tokens):
-        steps = stack[0].local
-        if steps is None:
-            raise IncompatiblePlan("unit = client trains locally; [training] needs local steps")
+        local = stack[0].local_in(request.round)
         streams = [batch_stream(rng.derive(client.name)) for client in stack]
-        changes = stacked_changes(request, stack, learner, steps.in_round(request.round), streams)
+        changes = stacked_changes(request, stack, learner, local, streams)
         for client, change in zip(stack, changes, strict=True):
             yield client.clip(request, change[None], [UnitId(client.name)])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -33,34 +33,41 @@ class Kept:
         self.features: dict[object, Tensor] = {}
         self._folder = folder
 
-    def find(self, key: str, examples: Examples, order: Sequence[int]) -> bool:
-        """Take what an earlier call of `keep` with this key, these examples and this order wrote; False if there is no file.
+    def take(
+        self,
+        examples: Examples,
+        order: Sequence[int],
+        *,
+        key: Callable[[], str],
+        compute: Callable[[], dict[str, Tensor]],
+    ) -> bool:
+        """Take what an earlier call with this key, these examples and this order wrote, or compute it; whether it was there.
 
-        The tensors are mapped, not read: only what is used takes memory, and the system may take that back.
+        With a folder the tensors are mapped, not read: only what is used takes memory, and the system may take that back.
+
+        Args:
+            examples: all of which are taken.
+            order: of the rows of the tensors.
+            key: what else they depend on; asked for only with a folder.
+            compute: gives "states" `(tokens of all, h)`, "features" `(n, h)`, or both.
 
         Raises:
-            StorageError: if the file is damaged.
+            StorageError: if the disk refuses the file, or it is damaged.
         """
-        file = self._file(key, examples, order)
-        if file is None or not file.exists():
+        if self._folder is None:
+            self._enter(examples, order, compute())
             return False
+        digest = hashlib.sha256(key().encode())
+        for index in order:
+            digest.update(repr(examples.content(index)).encode())
+        file = self._folder / f"{digest.hexdigest()}.safetensors"
+        if not (found := file.exists()):
+            _write(file, compute())
         try:
             self._enter(examples, order, load_file(file))
         except (SafetensorError, OSError, KeyError, RuntimeError, IndexError) as error:
             raise StorageError(f"{file} is not what was written there: {error}; delete it, and it is computed anew") from error
-        return True
-
-    def keep(self, key: str, examples: Examples, order: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
-        """Keep `tensors`: "states" `(tokens of all, h)`, "features" `(n, h)`, or both, in the order of `order`.
-
-        Raises:
-            StorageError: if the disk refuses the file.
-        """
-        file = self._file(key, examples, order)
-        if file is not None:
-            _write(file, dict(tensors))
-            tensors = load_file(file)
-        self._enter(examples, order, tensors)
+        return found
 
     def _enter(self, examples: Examples, order: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         lengths = [len(examples.tokens[index]) for index in order]
@@ -69,14 +76,6 @@ class Kept:
             self.states.update(zip(contents, torch.split(tensors["states"], lengths), strict=True))
         if "features" in tensors:
             self.features.update(zip(contents, tensors["features"], strict=True))
-
-    def _file(self, key: str, examples: Examples, order: Sequence[int]) -> Path | None:
-        if self._folder is None:
-            return None
-        digest = hashlib.sha256(key.encode())
-        for index in order:
-            digest.update(repr(examples.content(index)).encode())
-        return self._folder / f"{digest.hexdigest()}.safetensors"
 
 
 def fingerprint(tensors: Mapping[str, Tensor], *facts: object) -> str:

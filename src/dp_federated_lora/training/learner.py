@@ -86,9 +86,8 @@ class Learner:
             return
         batches = length_batches([len(sequence) for sequence in examples.tokens], max_tokens=self._batch_tokens)
         order = [index for batch in batches for index in batch]
-        if not self._kept.find(self._key, examples, order):
-            self._kept.keep(self._key, examples, order, self._prepared(examples, batches))
-        elif self._trunk:
+        compute = partial(self._prepared, examples, batches)
+        if self._kept.take(examples, order, key=lambda: self._key, compute=compute) and self._trunk:
             self._trunk.record(partial(self._forward, self._inputs(examples, order[:1])))  # so that replay knows its blocks
 
     def _prepared(self, examples: Examples, batches: Sequence[Sequence[int]]) -> dict[str, Tensor]:

@@ -102,6 +102,5 @@ def _measured(cell: Cell, bench: Workbench, out: Path) -> dict[str, float]:
     if test is None:
         raise ConfigError(f"the recipe {cell.recipe} has no test data; a baseline cannot be scored")
     whole = bench.tokenize(bench.training_table())
-    for examples in (whole, test):
-        bench.learner.prepare(examples)
+    bench.learner.prepare(whole)
     return dict(BASELINES[cell.baseline](bench, whole, test, cell.repeat))
