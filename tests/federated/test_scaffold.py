@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,10 +32,15 @@ STEPS = LocalSteps(steps=10, batch_size=1, learning_rate=0.05)
 class Quadratics:
     """A learner whose examples (a, b) are functions a / 2 |w - b|^2."""
 
+    threads = 1
+
     def __init__(self) -> None:
         module = nn.Module()
         module.head = nn.ParameterDict({"w": nn.Parameter(torch.zeros(2))})
         self.model = AdaptedModel(module, None, Task.CLASSIFICATION, 1)
+
+    def spread(self, work: Callable[[Quadratics, Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        return (work(self, item) for item in items)
 
     def batches(self, examples: Examples, indices: Sequence[int]) -> Iterator[Sequence[int]]:
         yield indices

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dp_federated_lora import train
 from dp_federated_lora.errors import IncompatiblePlan
-from dp_federated_lora.federated import Client, ClientMemory, Purpose, Request, handle, handle_together
+from dp_federated_lora.federated import Client, ClientMemory, Purpose, Request, handle, pieces
 from dp_federated_lora.federated.client import batch_stream
 from dp_federated_lora.federated.local_round import adapter_of, local_change, stacked_changes
 from dp_federated_lora.lab.config import parse_config
@@ -119,8 +119,8 @@ def test_sums_are_those_of_the_loop_to_the_resolution_of_the_lattice(client_conf
     stream = SecureRandom.insecure_from(7)
     for replies in (
         (handle(request, client, bench.learner, stream.derive(client.name)) for client in clients),
-        handle_together(request, clients, bench.learner, stream, tokens=10**6),
-        handle_together(request, clients, bench.learner, stream, tokens=1),
+        (piece(bench.learner) for piece in pieces(request, clients, stream, stack_tokens=10**6, threads=1)),
+        (piece(bench.learner) for piece in pieces(request, clients, stream, stack_tokens=1, threads=3)),
     ):
         sums.append(BoundedSum.merge(replies, size=size, clip_norm=clients[0].plan.sensitivity(1.0))._value)
     assert sums[0].any()
@@ -152,7 +152,8 @@ def test_a_stacked_run_ends_where_the_loop_ends(client_config: Raw, tmp_path: Pa
 def test_another_plan_and_layers_that_cannot_be_told_apart_are_refused(client_config: Raw, tmp_path: Path):
     bench, clients, request = prepared(client_config, "ffa", tmp_path)
     with pytest.raises(IncompatiblePlan, match="agreed to plan"):
-        list(handle_together(replace(request, plan_id="other"), clients, bench.learner, SecureRandom.insecure_from(0), tokens=9))
+        other, rng = replace(request, plan_id="other"), SecureRandom.insecure_from(0)
+        [piece(bench.learner) for piece in pieces(other, clients, rng, stack_tokens=9, threads=1)]
     module, head = bench.model.module, bench.model.module.get_submodule("head")
     stacks = {"head.weight": torch.zeros(2, 3, 32, dtype=torch.float64)}
     with (

@@ -84,6 +84,25 @@ def test_client_unit_runs_and_states_its_unit(client_config: Raw):
     assert result.rounds == 3
 
 
+@pytest.mark.parametrize("stack_tokens", [None, 64])
+@pytest.mark.parametrize("unit", ["example", "client"])
+def test_any_number_of_cores_gives_the_same_run(raw_config: Raw, client_config: Raw, tmp_path: Path, unit: str, stack_tokens):
+    raw = client_config if unit == "client" else raw_config
+    raw["training"]["head_rounds"] = 1
+    raw["run"] |= {"stack_tokens": stack_tokens}
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            raw["run"] |= {"threads": threads}
+            results.append(train(configured(raw, insecure_seed=3), out=tmp_path / str(threads)))
+    finally:
+        torch.set_num_threads(before)
+    one, three = results
+    assert same(adapter(one.path), adapter(three.path))
+    assert one.metrics == three.metrics
+    assert one.epsilon == three.epsilon
+
+
 def test_fedavg_trains_both_factors_and_ffa_leaves_a_alone(raw_config: Raw, tmp_path: Path):
     runs = {}
     for method in ("ffa", "fedavg"):

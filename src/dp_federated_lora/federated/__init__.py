@@ -11,7 +11,7 @@ from dp_federated_lora.federated.client import Client, Purpose, Request, contrib
 from dp_federated_lora.federated.defence import Defence
 from dp_federated_lora.federated.memory import ClientMemory
 from dp_federated_lora.federated.round import Exchange, RoundReport, Server
-from dp_federated_lora.federated.stacked import handle_together
+from dp_federated_lora.federated.stacked import Piece, pieces
 from dp_federated_lora.federated.staleness import SYNCHRONOUS, Delays
 
 __all__ = (
@@ -21,6 +21,7 @@ __all__ = (
     "Defence",
     "Delays",
     "Exchange",
+    "Piece",
     "Purpose",
     "Request",
     "RoundKeyFile",
@@ -30,7 +31,7 @@ __all__ = (
     "checkpoint_head",
     "contributions",
     "handle",
-    "handle_together",
+    "pieces",
     "read_checkpoint",
     "report",
     "write_checkpoint",

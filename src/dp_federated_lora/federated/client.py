@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import final
+from typing import Final, final
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from dp_federated_lora.privacy import (
 )
 from dp_federated_lora.training import Learner, LocalSteps, example_gradients, example_scores
 from dp_federated_lora.vector import Layout
+
+WHOLE: Final = (0, 1)
+"""The share that is all of a client's examples."""
 
 
 class Purpose(Enum):
@@ -148,13 +151,21 @@ class Client:
         encoded = self.method.sketch.encode(rows - centre, request.round)
         return self.plan.clip(encoded, request.clip_norm, units, tier=self.tier, weight=request.weight)
 
+    def merged(self, request: Request, learner: Learner, sums: Iterator[BoundedSum]) -> BoundedSum:
+        """One sum of `sums` of what units contribute to the round, zero of none."""
+        size = Layout.of(learner.model.parameters(self.method.factors_in(request.round))).size
+        size = self.method.sketch.size(size) + self.plan.extra_coordinates
+        return BoundedSum.merge(sums, size=size, clip_norm=self.plan.sensitivity(request.clip_norm))
+
     def clip_factor(self, change: Tensor, clip_norm: float) -> float:
         """By how much the plan shortens this client's change `(d,)`, at most 1."""
         bound = clip_norm * (self.plan.tiers[self.tier].clip_share if self.plan.tiers else 1.0)
         return min(1.0, bound / max(float(torch.linalg.vector_norm(change, dtype=torch.float64)), bound))
 
 
-def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom) -> BoundedSum:
+def handle(
+    request: Request, client: Client, learner: Learner, rng: SecureRandom, *, share: tuple[int, int] = WHOLE
+) -> BoundedSum:
     """Compute a client's bounded contribution to a round, or to an evaluation.
 
     Client unit: local steps, then the whole update is clipped. Example unit: the client tosses a secret coin for
@@ -168,6 +179,8 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
         client: the participant.
         learner: a model to compute with; its adapter is overwritten.
         rng: this client's stream for this round.
+        share: (k, n) for the k-th of n shares of the sampled examples; what the n shares give merges to the whole. Nothing but
+            gradients of examples (unit = example) is shared out.
 
     Raises:
         IncompatiblePlan: if the request follows another plan than the one agreed to.
@@ -179,13 +192,18 @@ def handle(request: Request, client: Client, learner: Learner, rng: SecureRandom
         load_own(client, learner, before=request.round + 1)
         return _scores(client, learner)
     trained = learner.model.train_only(client.method.factors_in(request.round))
-    sums = (client.clip(request, rows, units) for rows, units in contributions(request, client, learner, trained, rng))
-    size = client.method.sketch.size(Layout.of(trained).size) + client.plan.extra_coordinates
-    return BoundedSum.merge(sums, size=size, clip_norm=client.plan.sensitivity(request.clip_norm))
+    parts = contributions(request, client, learner, trained, rng, share=share)
+    return client.merged(request, learner, (client.clip(request, rows, units) for rows, units in parts))
 
 
 def contributions(
-    request: Request, client: Client, learner: Learner, trained: Mapping[str, nn.Parameter], rng: SecureRandom
+    request: Request,
+    client: Client,
+    learner: Learner,
+    trained: Mapping[str, nn.Parameter],
+    rng: SecureRandom,
+    *,
+    share: tuple[int, int] = WHOLE,
 ) -> Iterator[tuple[Tensor, list[UnitId]]]:
     """What a client's units contribute to a round before sketch and clip: rows `(B, d)` with their units, for `handle`.
 
@@ -195,10 +213,11 @@ def contributions(
         learner: the model at the request's adapter.
         trained: its parameters that the round trains; they define the layout.
         rng: this client's stream for this round.
+        share: as `handle`.
     """
     plan = client.plan
     if plan.unit is PrivacyUnit.EXAMPLE:
-        yield from example_gradients(learner, trained, *client.sample(request, rng))
+        yield from example_gradients(learner, trained, *client.sample(request, rng), share=share)
         return
     local = client.local_in(request.round)
     if plan.trust is Trust.LOCAL and not plan.draw(range(1), rng.derive("sample"), number=request.round, tier=client.tier).size:

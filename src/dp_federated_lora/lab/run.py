@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -157,11 +158,7 @@ class Run:
         steps = self._config.training.local_steps or 1
         if self._plan.rounds * self._plan.divisor / self._config.population * steps <= 1:
             return
-        done, total = 0, sum(len(examples) for examples in sets)
-        for examples in sets:
-            self._on_phase("preparing examples", done / max(total, 1))
-            self._bench.learner.prepare(examples)
-            done += len(examples)
+        self._bench.learner.prepare(*sets, on_progress=partial(self._on_phase, "preparing examples"))
         self._on_phase("preparing examples", 1.0)
 
     def _recover(self) -> None:

@@ -275,6 +275,7 @@ class Workbench:
             keep_features=config.training.head_rounds > 0,
             images=images,
             cache=Path(config.run.cache) if config.run.cache else None,
+            threads=torch.get_num_threads(),
         )
         bench = cls(config, model, learner, method, tokenizer, images)
         bench.start_head()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -11,7 +13,6 @@ from dp_federated_lora.errors import DataError
 from dp_federated_lora.training.learner import Learner, losses_of
 
 
-@torch.no_grad()
 def evaluate_model(learner: Learner, examples: Examples) -> dict[str, float]:
     """Accuracy and macro-F1 (classification), or loss per token and perplexity (language modelling).
 
@@ -22,34 +23,49 @@ def evaluate_model(learner: Learner, examples: Examples) -> dict[str, float]:
     """
     if not len(examples):
         raise DataError("there are no test examples to evaluate on; check [data] test")
+    batches = list(learner.batches(examples, range(len(examples))))
     if examples.labels is None:
         loss = tokens = 0.0
-        for batch in learner.batches(examples, range(len(examples))):
-            logits, ids, mask = learner.logits(examples, batch)
-            predicted_tokens = mask[:, 1:].sum(dim=1)
-            loss += float((losses_of(examples, batch, logits, ids, mask) * predicted_tokens).sum())
-            tokens += float(predicted_tokens.sum())
+        for batch_loss, batch_tokens in learner.spread(partial(_token_losses, examples), batches):
+            loss += batch_loss
+            tokens += batch_tokens
         return {"loss": loss / tokens, "perplexity": math.exp(min(loss / tokens, 700.0))}
     labels = torch.tensor(examples.labels)
     predicted = torch.empty_like(labels)
-    for batch in learner.batches(examples, range(len(examples))):
-        predicted[batch] = learner.logits(examples, batch)[0].argmax(dim=1)
+    for batch, classes in zip(batches, learner.spread(partial(_classes, examples), batches), strict=True):
+        predicted[batch] = classes
     return {"accuracy": float((predicted == labels).double().mean()), "macro_f1": macro_f1(labels, predicted)}
 
 
-@torch.no_grad()
 def example_scores(learner: Learner, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
     """Share of right predictions and loss of each example, both `(n,)`: of its label, or averaged over its tokens."""
     correct, losses = torch.zeros(len(examples)), torch.zeros(len(examples))
-    for batch in learner.batches(examples, range(len(examples))):
-        logits, ids, mask = learner.logits(examples, batch)
-        losses[batch] = losses_of(examples, batch, logits, ids, mask).float()
-        if examples.labels is not None:
-            correct[batch] = (logits.argmax(dim=1) == torch.tensor([examples.labels[i] for i in batch])).float()
-        else:
-            right = (logits[:, :-1].argmax(dim=2) == ids[:, 1:]) * mask[:, 1:]
-            correct[batch] = right.sum(dim=1) / mask[:, 1:].sum(dim=1)
+    batches = list(learner.batches(examples, range(len(examples))))
+    for batch, scores in zip(batches, learner.spread(partial(_scores, examples), batches), strict=True):
+        correct[batch], losses[batch] = scores
     return correct, losses
+
+
+@torch.no_grad()
+def _token_losses(examples: Examples, learner: Learner, batch: Sequence[int]) -> tuple[float, float]:
+    logits, ids, mask = learner.logits(examples, batch)
+    tokens = mask[:, 1:].sum(dim=1)
+    return float((losses_of(examples, batch, logits, ids, mask) * tokens).sum()), float(tokens.sum())
+
+
+@torch.no_grad()
+def _classes(examples: Examples, learner: Learner, batch: Sequence[int]) -> torch.Tensor:
+    return learner.logits(examples, batch)[0].argmax(dim=1)
+
+
+@torch.no_grad()
+def _scores(examples: Examples, learner: Learner, batch: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    logits, ids, mask = learner.logits(examples, batch)
+    losses = losses_of(examples, batch, logits, ids, mask).float()
+    if examples.labels is not None:
+        return (logits.argmax(dim=1) == torch.tensor([examples.labels[i] for i in batch])).float(), losses
+    right = (logits[:, :-1].argmax(dim=2) == ids[:, 1:]) * mask[:, 1:]
+    return right.sum(dim=1) / mask[:, 1:].sum(dim=1), losses
 
 
 def macro_f1(labels: torch.Tensor, predicted: torch.Tensor) -> float:

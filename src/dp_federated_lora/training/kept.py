@@ -33,41 +33,47 @@ class Kept:
         self.features: dict[object, Tensor] = {}
         self._folder = folder
 
-    def take(
-        self,
-        examples: Examples,
-        order: Sequence[int],
-        *,
-        key: Callable[[], str],
-        compute: Callable[[], dict[str, Tensor]],
-    ) -> bool:
-        """Take what an earlier call with this key, these examples and this order wrote, or compute it; whether it was there.
+    def find(self, examples: Examples, order: Sequence[int], *, key: Callable[[], str]) -> bool:
+        """Take what an earlier `put` with this key, these examples and this order wrote; whether it was there.
 
-        With a folder the tensors are mapped, not read: only what is used takes memory, and the system may take that back.
+        It is mapped, not read: only what is used takes memory, and the system may take that back.
 
         Args:
             examples: all of which are taken.
             order: of the rows of the tensors.
             key: what else they depend on; asked for only with a folder.
-            compute: gives "states" `(tokens of all, h)`, "features" `(n, h)`, or both.
 
         Raises:
-            StorageError: if the disk refuses the file, or it is damaged.
+            StorageError: if the file is damaged.
         """
-        if self._folder is None:
-            self._enter(examples, order, compute())
+        file = self._file(examples, order, key)
+        if file is None or not file.exists():
             return False
-        digest = hashlib.sha256(key().encode())
-        for index in order:
-            digest.update(repr(examples.content(index)).encode())
-        file = self._folder / f"{digest.hexdigest()}.safetensors"
-        if not (found := file.exists()):
-            _write(file, compute())
         try:
             self._enter(examples, order, load_file(file))
         except (SafetensorError, OSError, KeyError, RuntimeError, IndexError) as error:
             raise StorageError(f"{file} is not what was written there: {error}; delete it, and it is computed anew") from error
-        return found
+        return True
+
+    def put(self, examples: Examples, order: Sequence[int], tensors: dict[str, Tensor], *, key: Callable[[], str]) -> None:
+        """Keep "states" `(tokens of all, h)`, "features" `(n, h)`, or both, of all examples; with a folder, as a file.
+
+        Raises:
+            StorageError: if the disk refuses the file.
+        """
+        if file := self._file(examples, order, key):
+            _write(file, tensors)
+            self.find(examples, order, key=key)
+        else:
+            self._enter(examples, order, tensors)
+
+    def _file(self, examples: Examples, order: Sequence[int], key: Callable[[], str]) -> Path | None:
+        if self._folder is None:
+            return None
+        digest = hashlib.sha256(key().encode())
+        for index in order:
+            digest.update(repr(examples.content(index)).encode())
+        return self._folder / f"{digest.hexdigest()}.safetensors"
 
     def _enter(self, examples: Examples, order: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         lengths = [len(examples.tokens[index]) for index in order]

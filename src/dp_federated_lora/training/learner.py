@@ -7,11 +7,13 @@ alone is trained, the same holds for the features that it sees.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from functools import cached_property, partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Final, cast, final
+from typing import Any, Final, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,13 @@ from dp_federated_lora.data import Examples, ImageFormat, collate, length_batche
 from dp_federated_lora.errors import ModelError
 from dp_federated_lora.lora import AdaptedModel, Classifier, Factor, Task, block_list
 from dp_federated_lora.training.kept import Kept, fingerprint
+from dp_federated_lora.training.parallel import in_parallel
 
 _FEATURE_TOKENS: Final = 16
 """An example's kept features in tokens: what the gradient of a head takes in memory, roughly."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @final
@@ -38,6 +44,7 @@ class Learner:
         keep_features: whether there will be rounds that train the head alone.
         images: how the model takes images; None for one of texts alone.
         cache: folder for what never changes, so that later runs on the same model and examples find it; None for memory.
+        threads: how many of the machine's cores `spread` uses.
     """
 
     def __init__(
@@ -50,8 +57,11 @@ class Learner:
         keep_features: bool = False,
         images: ImageFormat | None = None,
         cache: Path | None = None,
+        threads: int = 1,
     ) -> None:
         self.model = model
+        self.threads = threads
+        self._twins: list[Learner] = []
         self._pad_id = pad_id
         self._images = images
         self._batch_tokens = batch_tokens
@@ -63,6 +73,36 @@ class Learner:
         self._factors = model.parameters(frozenset(Factor) - {Factor.HEAD})
         self._factors_of_features = {name: p.detach().clone() for name, p in self._factors.items()}
 
+    def spread(self, work: Callable[[Learner, T], R], items: Iterable[T]) -> Iterator[R]:
+        """`work(learner, item)` of each item, in their order, on `threads` cores.
+
+        Each call has a learner of its own at this one's adapter, with the same frozen tensors, and computes on one core: nothing
+        depends on the number of threads, to the bit. (One core for each of several batches of a few hundred tokens is faster
+        than all cores for one after the other.) A few results are waiting at most, whatever the number of items.
+
+        Args:
+            work: may change its learner's adapter and which of its parameters train, as nobody else uses it meanwhile. It runs
+                in another thread, where gradients are on at first.
+            items: taken one by one, in the calling thread.
+        """
+        if self.threads == 1:
+            yield from (work(self, item) for item in items)
+            return
+        self._twins = self._twins or [self._twin() for _ in range(self.threads)]
+        for twin in self._twins:
+            twin.model.load(self.model.state())
+        yield from in_parallel(self._twins, work, items)
+
+    def _twin(self) -> Learner:
+        """A copy that shares all frozen tensors and what is kept."""
+        own = {id(p) for p in self.model.parameters(frozenset(Factor)).values()}
+        module = self.model.module
+        tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in own]
+        shared: list[object] = [*tensors, self._kept, self._factors_of_features]
+        twin = deepcopy(self, {id(each): each for each in shared})
+        twin.threads = 1
+        return twin
+
     def batches(self, examples: Examples, indices: Sequence[int]) -> Iterator[list[int]]:
         """Split `indices` into batches of similar length; where the head alone runs, all are alike."""
         known = self._features_serve([examples.content(i) for i in indices])
@@ -70,11 +110,15 @@ class Learner:
         for batch in length_batches(lengths, max_tokens=self._batch_tokens):
             yield [indices[i] for i in batch]
 
-    def prepare(self, examples: Examples) -> None:
-        """Compute what never changes for all of `examples`, in batches that depend on nothing else; nothing if all are known.
+    def prepare(self, *sets: Examples, on_progress: Callable[[float], None] = lambda _: None) -> None:
+        """Compute what never changes for all examples of `sets`, set by set, in batches that depend on nothing else.
 
         Doing it once, up front and in a fixed order keeps a resumed run equal to the bit. Call it before the model's
-        adapter changes for the first time.
+        adapter changes for the first time. Nothing is done for sets that are known.
+
+        Args:
+            sets: examples to prepare.
+            on_progress: called with the share that is done.
 
         Raises:
             StorageError: if the cache refuses a file, or holds a damaged one.
@@ -82,16 +126,21 @@ class Learner:
         if self._trunk is None and not self._keep_features:
             return
         known = self._kept.states if self._trunk else self._kept.features
-        if all(examples.content(index) in known for index in range(len(examples))):
-            return
-        batches = length_batches([len(sequence) for sequence in examples.tokens], max_tokens=self._batch_tokens)
-        order = [index for batch in batches for index in batch]
-        compute = partial(self._prepared, examples, batches)
-        if self._kept.take(examples, order, key=lambda: self._key, compute=compute) and self._trunk:
-            self._trunk.record(partial(self._forward, self._inputs(examples, order[:1])))  # so that replay knows its blocks
+        wanted = [examples for examples in sets if any(examples.content(i) not in known for i in range(len(examples)))]
+        plans = [(examples, length_batches([*map(len, examples.tokens)], max_tokens=self._batch_tokens)) for examples in wanted]
+        if self._trunk and wanted and not self._trunk.ready:
+            self._trunk.record(partial(self._forward, self._inputs(wanted[0], [0])))
+        todo = [plan for plan in plans if not self._kept.find(plan[0], [*chain(*plan[1])], key=lambda: self._key)]
+        parts = self.spread(lambda twin, part: twin._frozen_of(*part), ((e, batch) for e, batches in todo for batch in batches))
+        done, total = 0, sum(len(examples) for examples, _ in todo)
+        for examples, batches in todo:
+            on_progress(done / total)
+            tensors = self._gathered(examples, islice(parts, len(batches)))
+            self._kept.put(examples, [*chain(*batches)], tensors, key=lambda: self._key)
+            done += len(examples)
 
-    def _prepared(self, examples: Examples, batches: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """States `(tokens of all, h)` and features `(n, h)`, as far as they are kept, batch by batch."""
+    def _gathered(self, examples: Examples, parts: Iterable[tuple[list[Tensor], Tensor | None]]) -> dict[str, Tensor]:
+        """States `(tokens of all, h)` and features `(n, h)` of what `_frozen_of` gave for batch after batch."""
         tensors: dict[str, Tensor] = {}
 
         def put(name: str, rows: int, first: int, values: Tensor) -> None:
@@ -101,21 +150,28 @@ class Learner:
                 tensors[name] = values.new_empty(rows, values.shape[-1])
             tensors[name][first : first + len(values)] = values
 
-        tokens, done, seen = sum(len(sequence) for sequence in examples.tokens), 0, 0
-        for batch in batches:
-            inputs = self._inputs(examples, batch)
-            start: AbstractContextManager[None] = nullcontext()
-            if self._trunk:
-                states = self._trunk.record(partial(self._forward, inputs))
-                start = self._trunk.replay(states)
-                for row, index in enumerate(batch):
-                    put("states", tokens, done, states[row, : len(examples.tokens[index])])
-                    done += len(examples.tokens[index])
-            if self._keep_features:
-                with torch.no_grad(), start:
-                    put("features", len(examples), seen, self._classifier.features(**inputs))
-            seen += len(batch)
+        tokens, done, seen = sum(map(len, examples.tokens)), 0, 0
+        for states, features in parts:
+            for own in states:
+                put("states", tokens, done, own)
+                done += len(own)
+            if features is not None:
+                put("features", len(examples), seen, features)
+                seen += len(features)
         return tensors
+
+    def _frozen_of(self, examples: Examples, batch: Sequence[int]) -> tuple[list[Tensor], Tensor | None]:
+        """States `(T, h)` of each example and features `(B, h)` of a batch, as far as they are kept."""
+        inputs, own = self._inputs(examples, batch), list[Tensor]()
+        start: AbstractContextManager[None] = nullcontext()
+        if self._trunk:
+            states = self._trunk.record(partial(self._forward, inputs))
+            start = self._trunk.replay(states)
+            own = [state[: len(examples.tokens[index])] for state, index in zip(states, batch, strict=True)]
+        if not self._keep_features:
+            return own, None
+        with torch.no_grad(), start:
+            return own, self._classifier.features(**inputs)
 
     @cached_property
     def _key(self) -> str:
@@ -124,7 +180,7 @@ class Learner:
         tensors = {name: tensor for name, tensor in module.state_dict().items() if Factor.of(name) is None}
         facts: list[object] = [part.config for part in module.modules() if hasattr(part, "config")]
         depth = self._trunk.depth if self._trunk else 0
-        facts += [depth, self._pad_id, self._batch_tokens, self._images, torch.get_num_threads()]
+        facts += [depth, self._pad_id, self._batch_tokens, self._images]
         if self._keep_features:
             tensors |= self._factors_of_features
             facts.append(self._classifier.pooling)
@@ -215,6 +271,11 @@ class _Trunk:
         self._originals = list(blocks)[:depth]
         self._stand_ins: list[_Replay] = []
         self.depth = depth
+
+    @property
+    def ready(self) -> bool:
+        """Whether a forward pass was recorded, so that replay knows what blocks give back."""
+        return bool(self._stand_ins)
 
     def record(self, forward: Callable[[], Tensor]) -> Tensor:
         """Hidden states `(B, T, h)` after the trunk in the forward pass `forward`, which ends there."""

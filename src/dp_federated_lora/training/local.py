@@ -114,7 +114,12 @@ def local_update(
 
 
 def example_gradients(
-    learner: Learner, trained: Mapping[str, nn.Parameter], examples: Examples, units: Sequence[UnitId]
+    learner: Learner,
+    trained: Mapping[str, nn.Parameter],
+    examples: Examples,
+    units: Sequence[UnitId],
+    *,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, list[UnitId]]]:
     """NEGATIVE gradients `(B, d)` of all `examples`, steps like local updates, batch by batch with their units.
 
@@ -123,7 +128,11 @@ def example_gradients(
         trained: trained parameters by name; they define the layout.
         examples: the sampled ones.
         units: of each example.
+        share: (k, n) for the k-th of n shares of the batches, neighbours in length.
     """
+    place, shares = share
+    batches = list(learner.batches(examples, range(len(examples))))
+    mine = batches[len(batches) * place // shares : len(batches) * (place + 1) // shares]
     with ExampleGradients(learner.model.module, trained) as gradients:
-        for batch in learner.batches(examples, range(len(examples))):
+        for batch in mine:
             yield gradients.rows(-learner.losses(examples, batch)), [units[index] for index in batch]
