@@ -2,9 +2,9 @@
 
     python benchmarks/cores.py [--repetitions 5] [--clients 32]
 
-Clients as in cohort.py, one by one and in stacks of 1,024 tokens. "All cores" is `run.threads`: a client, a stack or a share of the
-examples on each core. "Each operation on all" is what torch does by itself: one client after the other, each matrix product on all
-cores. Wall-clock time, the engines in turn, medians; the ratio to one core is the number to compare between machines.
+Clients as in cohort.py, one by one and in stacks of 1,024 tokens. "All cores" is `run.threads`: a client, a stack or a share of
+examples on each. "Each operation on all" is what torch does by itself: clients in turn, each matrix product on all cores.
+Wall-clock time, the engines in turn, medians; the ratio to one core is the number to compare between machines.
 """
 
 from __future__ import annotations
@@ -52,10 +52,9 @@ def main() -> None:
             for _ in range(options.repetitions):
                 for name, (threads, learner) in engines.items():
                     torch.set_num_threads(threads)
+                    engine = Simulator(clients, learner, stack_tokens=stack)
                     start = time.perf_counter()
-                    for _ in Simulator(clients, learner, stack_tokens=stack)(
-                        request, range(len(clients)), SecureRandom.from_os()
-                    ):
+                    for _ in engine(request, range(len(clients)), SecureRandom.from_os()):
                         pass
                     times.setdefault(name, []).append(time.perf_counter() - start)
             one, everything, operations = (statistics.median(times[name]) for name in engines)
