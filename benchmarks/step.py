@@ -6,6 +6,10 @@ A step is forward, backward and, with privacy, the sum of clipped per-example gr
 are the same for all. Float32, but for "ours, bfloat16", whose frozen weights are bfloat16. "Not private, fused" has our LoRA
 layers and the sum of gradients, so what fusing saves and what privacy costs are two numbers. Processor time of one thread,
 implementations in turn, medians; ratios to the step without privacy are the numbers to compare between machines.
+
+"Of the matrix rate" is the share of the rate of float32 matrix products (1,024 x 1,024, same thread) that a step reaches; counted
+are the products of the step without privacy and no others. Memory is the most that torch had allocated at a time beyond what it
+had before the step.
 """
 
 from __future__ import annotations
@@ -18,11 +22,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
+from itertools import accumulate
 from typing import Final, NamedTuple
 
 import torch
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from dp_federated_lora.aggregation import FEDAVG
 from dp_federated_lora.data import Examples, resolve
@@ -184,6 +191,31 @@ def expected(model: AdaptedModel, row: Row, examples: Examples) -> Tensor:
     return (CLIP / rows.norm(dim=1)).clamp(max=1.0) @ rows
 
 
+def matrix_rate() -> float:
+    """Floating-point operations a second of large matrix products, the best of twenty."""
+    a, b, times = torch.randn(1024, 1024), torch.randn(1024, 1024), []
+    for _ in range(20):
+        start = time.process_time()
+        torch.mm(a, b)
+        times.append(time.process_time() - start)
+    return 2 * 1024**3 / min(times)
+
+
+def operations(step: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products of a step."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def peak_memory(step: Callable[[], object]) -> int:
+    """Most bytes that torch has allocated at a time during a step."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    changes = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    return max(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -191,7 +223,12 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{platform.machine()}, torch {torch.__version__}, one thread, processor time, {options.repetitions} repetitions")
+    rate = matrix_rate()
+    print(
+        f"{platform.machine()}, torch {torch.__version__}, one thread, processor time, {options.repetitions} repetitions; "
+        f"matrix products {rate / 1e9:.0f} Gflop/s"
+    )
+    print(f"{'':46}{'ms':>10}{'ratio':>8}{'of the matrix rate':>20}{'memory, MB':>12}")
     for name in options.rows:
         row, times = ROWS[name], dict[str, list[float]]()
         examples = batch_of(row)
@@ -205,10 +242,11 @@ def main() -> None:
                 start = time.process_time()
                 step()
                 times.setdefault(label, []).append(time.process_time() - start)
-        base = statistics.median(times["not private"])
+        base, work = statistics.median(times["not private"]), operations(steps["not private"])
         for label, measured in times.items():
             median = statistics.median(measured)
-            print(f"{name:26}{label:20}{1e3 * median:10.1f} ms{median / base:8.2f}", flush=True)
+            share, memory = work / median / rate, peak_memory(steps[label])
+            print(f"{name:26}{label:20}{1e3 * median:10.1f}{median / base:8.2f}{share:20.0%}{memory / 1e6:12.1f}", flush=True)
 
 
 if __name__ == "__main__":

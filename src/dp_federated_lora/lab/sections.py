@@ -250,7 +250,7 @@ class RunSection(Section):
     `seed` draws the partition and the frozen A: public and repeatable. Noise and cohorts never come from it.
     `cache` is a folder for what frozen layers make of examples (with lora.last_layers or training.head_rounds), so that later
     runs on the same data need not compute it again; it tells as much as the data and is its owner's alone.
-    `threads` is how many cores compute, each its own participants or examples; all that torch sees if left out. No number changes.
+    `threads` is how many cores compute, each other participants or examples; all that torch sees if left out. No number changes.
     `stack_tokens` computes simulated participants together, up to so many tokens a local step (1024 is a good start): faster
     where each has little to do. Their numbers are then rounded in one another's company; without it each is computed alone.
     `insecure_seed` is set by `--insecure-seed` alone and makes the run NOT PRIVATE.

@@ -61,8 +61,8 @@ class ExampleGradients:
                 "choose other lora.targets"
             )
         self._anchor = torch.zeros((), requires_grad=True)
-        self._rows = torch.empty(0, 0)
-        self._missing: set[str] = set()
+        self._count = 0
+        self._parts: dict[str, Tensor] = {}
         self._undo = ExitStack()
 
     def __enter__(self) -> Self:
@@ -77,7 +77,7 @@ class ExampleGradients:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._undo.close()
-        self._rows, self._missing = torch.empty(0, 0), set()
+        self._count, self._parts = 0, {}
 
     def _recorder(self, weight: str | None, bias: str | None) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def after_forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -101,15 +101,14 @@ class ExampleGradients:
 
     def _store(self, name: str, gradients: Tensor) -> None:
         """Keep the gradients `(B, ...)` of one parameter."""
-        if name not in self._missing:
+        if name in self._parts or not self._count:
             raise IncompatiblePlan(f"{name} is used twice in one forward pass; its per-example gradients would be lost")
-        if len(gradients) != len(self._rows):
+        if len(gradients) != self._count:
             raise IncompatiblePlan(
-                f"{name} saw {len(gradients)} rows of {len(self._rows)} examples; gradients can be told apart only "
+                f"{name} saw {len(gradients)} rows of {self._count} examples; gradients can be told apart only "
                 "where each example is one row: choose other lora.targets"
             )
-        self._missing.remove(name)
-        self._rows[:, self._slices[name]].view(gradients.shape).copy_(gradients)
+        self._parts[name] = gradients
 
     def rows(self, losses: Tensor) -> Tensor:
         """Gradients `(B, d)` of `losses` `(B,)`, one row per example, in the layout's order; float64 if losses are, else float32.
@@ -117,13 +116,18 @@ class ExampleGradients:
         Raises:
             IncompatiblePlan: if a layer ran on anything but one row for each example, or twice.
         """
-        size = max(part.stop for part in self._slices.values())
-        rows = losses.new_empty((len(losses), size), dtype=torch.promote_types(losses.dtype, torch.float32))
-        self._rows, self._missing = rows, set(self._slices)
+        self._count, self._parts = len(losses), {}
         inputs = [layer.weight if weight else layer.bias for layer, weight, _ in self._layers]
         # The parameter gradients that autograd returns are the un-clipped batch sums: dropped here, never seen again.
         torch.autograd.grad(losses.sum(), [self._anchor, *inputs], allow_unused=True)
-        for name in self._missing:
-            rows[:, self._slices[name]] = 0.0
-        self._rows, self._missing = torch.empty(0, 0), set()
+        # Only now, when the activations are gone: it would be on top of them.
+        size = max(part.stop for part in self._slices.values())
+        rows = losses.new_empty((len(losses), size), dtype=torch.promote_types(losses.dtype, torch.float32))
+        for name, place in self._slices.items():
+            gradients = self._parts.pop(name, None)
+            if gradients is None:
+                rows[:, place] = 0.0
+            else:
+                rows[:, place].view(gradients.shape).copy_(gradients)
+        self._count = 0
         return rows
