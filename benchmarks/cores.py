@@ -16,9 +16,10 @@ import time
 from typing import Final
 
 import torch
-from cohort import ROWS, Row, clients_of, model_of
+from cohort import ROWS, Row
 
 from dp_federated_lora.federated import Purpose, Request
+from dp_federated_lora.lab.speed import BATCH_TOKENS, minilm_shaped, random_clients
 from dp_federated_lora.privacy import PrivacyUnit, SecureRandom
 from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.training import Learner
@@ -38,14 +39,14 @@ def main() -> None:
         f"{options.repetitions} repetitions"
     )
     print(f"{'unit':10}{'examples x tokens':20}{'stack':>8}{'1 core, ms':>12}{'all cores':>12}{'each operation on all':>24}")
-    model = model_of()
+    model = minilm_shaped()
     engines = {
-        "one": (1, Learner(model, pad_id=0, batch_tokens=4096, last_layers=None)),
-        "all": (cores, Learner(model, pad_id=0, batch_tokens=4096, last_layers=None, threads=cores)),
-        "operations": (cores, Learner(model, pad_id=0, batch_tokens=4096, last_layers=None)),
+        "one": (1, Learner(model, pad_id=0, batch_tokens=BATCH_TOKENS, last_layers=None)),
+        "all": (cores, Learner(model, pad_id=0, batch_tokens=BATCH_TOKENS, last_layers=None, threads=cores)),
+        "operations": (cores, Learner(model, pad_id=0, batch_tokens=BATCH_TOKENS, last_layers=None)),
     }
     for row in (*ROWS, Row(PrivacyUnit.EXAMPLE, 8, 64)):
-        clients = clients_of(row, options.clients)
+        clients = random_clients(row.unit, options.clients, row.examples, row.tokens)
         request = Request(Purpose.TRAINING, 1, clients[0].plan.content_id, model.state(), 1.0)
         for stack in (None, STACK):
             times: dict[str, list[float]] = {}

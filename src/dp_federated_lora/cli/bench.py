@@ -10,12 +10,17 @@ import typer
 if TYPE_CHECKING:
     from dp_federated_lora.lab.study import Cell
 
-app = typer.Typer(help="Measure quality.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(rich_markup_mode=None)
 
 
-@app.callback()
-def bench() -> None:
-    """Measure quality."""
+@app.callback(invoke_without_command=True, epilog="Example: dpfl bench   or   dpfl bench utility")
+def bench(context: typer.Context) -> None:
+    """Measure this machine in a minute, or with `utility` the quality of methods in hours."""
+    if context.invoked_subcommand is None:
+        from dp_federated_lora.lab.speed import speed_figures  # noqa: PLC0415
+
+        for what, result in speed_figures():
+            typer.echo(f"{what:66}{result:>16}")
 
 
 @app.command(epilog="Example: dpfl bench utility   or   dpfl bench utility mine.toml --out runs/mine --document mine.md")
