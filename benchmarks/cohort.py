@@ -3,8 +3,8 @@
     python benchmarks/cohort.py [--repetitions 5] [--clients 64]
 
 A client takes two local steps with fresh factors of its own and its change is clipped (unit = client), or its examples' gradients
-are (unit = example, every example sampled). A model of MiniLM's shape, LoRA r = 8 on q and v. Processor time of one thread, engines
-in turn, medians; the ratio to the loop is the number to compare between machines.
+are (unit = example, every example sampled). A model of MiniLM's shape, LoRA r = 8 on q and v. Processor time of one thread,
+engines in turn, medians; the ratio to the loop is the number to compare between machines.
 """
 
 from __future__ import annotations

@@ -111,6 +111,10 @@ class AggregationError(DpflError):
     """Updates cannot be combined as asked: too many bad ones for the rule, another shape, an unknown rule or parameter."""
 
 
+class SecureSumAborted(DpflError):
+    """A secure sum cannot go on without telling more than the sum: it ends here, and nothing is opened."""
+
+
 class AuditError(DpflError):
     """An audit cannot say anything: too few canaries, an impossible confidence or count, or colliding names."""
 

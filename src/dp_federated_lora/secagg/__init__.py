@@ -1,5 +1,6 @@
-"""Secure aggregation: what a client sends so that only the sum of all can be read, and the noise shares in it."""
+"""Secure aggregation: sums of clients' integers that show nothing but the sum, and the noise shares in them."""
 
+from dp_federated_lora.secagg.client_session import ClientSession
 from dp_federated_lora.secagg.field import Field
 from dp_federated_lora.secagg.mechanisms import (
     DiscreteGaussian,
@@ -8,5 +9,19 @@ from dp_federated_lora.secagg.mechanisms import (
     Skellam,
     calibrate_secure_sum,
 )
+from dp_federated_lora.secagg.server_session import SecureTotal, ServerSession
+from dp_federated_lora.secagg.terms import Terms, degree_for
 
-__all__ = ("DiscreteGaussian", "DistributedMechanism", "Field", "SecureSum", "Skellam", "calibrate_secure_sum")
+__all__ = (
+    "ClientSession",
+    "DiscreteGaussian",
+    "DistributedMechanism",
+    "Field",
+    "SecureSum",
+    "SecureTotal",
+    "ServerSession",
+    "Skellam",
+    "Terms",
+    "calibrate_secure_sum",
+    "degree_for",
+)

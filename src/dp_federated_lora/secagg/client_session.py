@@ -1,0 +1,249 @@
+"""A client's side of a secure sum: five messages out, four in, each in its turn and once."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, Self, final
+
+import msgspec
+import numpy as np
+from numpy.typing import ArrayLike
+
+from dp_federated_lora.errors import SecureSumAborted
+from dp_federated_lora.secagg.crypto import (
+    KEY_BYTES,
+    SHARE_BYTES,
+    agree,
+    mask,
+    new_private_key,
+    public_key,
+    seal,
+    split,
+    unseal,
+)
+from dp_federated_lora.secagg.messages import (
+    VERSION,
+    Advertised,
+    Cohort,
+    Consent,
+    Consents,
+    Delivered,
+    Masked,
+    Revealed,
+    Shares,
+    Survivors,
+    decode,
+    encode,
+)
+from dp_federated_lora.secagg.terms import Terms
+from dp_federated_lora.signing import SigningKey, signature_holds
+
+STAGES: Final = ("advertise", "share", "mask", "consent", "reveal")
+
+
+class _State(msgspec.Struct):
+    """All that a session remembers. It holds the secrets of the round."""
+
+    name: str
+    sealing: bytes
+    masking: bytes
+    seed: bytes
+    stage: int = 0
+    cohort: tuple[str, ...] = ()
+    public_keys: dict[str, tuple[bytes, bytes]] = {}
+    own_shares: tuple[bytes, bytes] = (b"", b"")
+    received: dict[str, tuple[bytes, bytes]] = {}
+    survivors: tuple[str, ...] = ()
+
+
+@final
+class ClientSession:
+    """One client in one secure sum (Bonawitz et al. 2017, CCS; neighbours by Bell et al. 2020, CCS).
+
+    Each method takes the server's message and gives the answer. One that raises `SecureSumAborted` ends the session: what comes
+    after is refused. Between messages the session can be stored (`to_bytes`), secrets included.
+
+    Args:
+        name: of the client in the roster.
+        terms: that the client agrees to, from its own configuration and what it was sent to compute with.
+        key: its signing key.
+    """
+
+    def __init__(self, name: str, terms: Terms, key: SigningKey) -> None:
+        if terms.roster.get(name) != key.public:
+            raise SecureSumAborted(f"{name} is not in the roster with this key")
+        self.terms, self._key = terms, key
+        self._state = _State(name, new_private_key(), new_private_key(), secrets.token_bytes(KEY_BYTES))
+
+    def to_bytes(self) -> bytes:
+        """The session as it is, as secret as the client's data.
+
+        Store it before an answer is sent: a client that forgot what it answered could be made to answer twice.
+        """
+        return msgspec.msgpack.encode(self._state)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, terms: Terms, key: SigningKey) -> Self:
+        """The session that `to_bytes` stored.
+
+        Raises:
+            SecureSumAborted: if it is damaged or another client's.
+        """
+        try:
+            state = msgspec.msgpack.decode(data, type=_State)
+        except msgspec.MsgspecError as error:
+            raise SecureSumAborted(f"a stored session is damaged: {error}; this round is lost for the client") from error
+        session = cls(state.name, terms, key)
+        session._state = state
+        return session
+
+    def advertise(self) -> bytes:
+        """Public keys of this round, signed."""
+        with self._step("advertise") as state:
+            keys = public_key(state.sealing), public_key(state.masking)
+            signature = self._key.sign("secure sum keys", advertised_content(self.terms.context, state.name, *keys))
+            return encode(Advertised(VERSION, self.terms.context, state.name, *keys, signature))
+
+    def share(self, cohort: bytes) -> bytes:
+        """Shares of this client's secrets for its neighbours, sealed.
+
+        Raises:
+            SecureSumAborted: if the cohort is too small, not of the roster, without this client, or if a neighbour's keys are
+                missing, repeated or not signed by it.
+        """
+        with self._step("share") as state:
+            message = decode(cohort, Cohort, context=self.terms.context, limit=self.terms.limit)
+            names, terms = message.names, self.terms
+            if list(names) != sorted(set(names)) or not terms.roster.keys() >= set(names) or state.name not in names:
+                raise SecureSumAborted("a cohort names each client of the roster once, in order, and whom it is sent to")
+            if len(names) < terms.min_cohort:
+                raise SecureSumAborted(f"a cohort of {len(names)} where {terms.min_cohort} are the fewest that hide a client")
+            neighbours = {each.name: each for each in message.neighbours}
+            if sorted(neighbours) != terms.neighbours(state.name, names) or len(neighbours) != len(message.neighbours):
+                raise SecureSumAborted("the keys are not those of this client's neighbours in the cohort")
+            keys = [key for each in neighbours.values() for key in (each.sealing, each.masking)]
+            own = [public_key(state.sealing), public_key(state.masking)]
+            if len({*keys, *own}) != len(keys) + len(own):
+                raise SecureSumAborted("a public key appears twice: somebody stands in for somebody else")
+            for name, each in neighbours.items():
+                content = advertised_content(terms.context, name, each.sealing, each.masking)
+                if not signature_holds(terms.roster[name], "secure sum keys", content, each.signature):
+                    raise SecureSumAborted(f"the keys of {name} are not signed by it for this round, plan and model")
+            state.cohort = names
+            state.public_keys = {name: (each.sealing, each.masking) for name, each in neighbours.items()}
+            place, threshold = self._places(), terms.threshold(len(neighbours) + 1)
+            seeds = split(state.seed, [*place.values()], threshold)
+            masking = split(state.masking, [*place.values()], threshold)
+            state.own_shares = seeds[place[state.name]], masking[place[state.name]]
+            sealed = {
+                name: seal(
+                    self._sealing_key(name), seeds[place[name]] + masking[place[name]], between(terms.context, state.name, name)
+                )
+                for name in neighbours
+            }
+            return encode(Shares(VERSION, terms.context, hashlib.sha256(state.seed).digest(), sealed))
+
+    def mask(self, delivered: bytes, integers: ArrayLike) -> bytes:
+        """The client's integers under its own mask and those that it has in common with neighbours.
+
+        Args:
+            delivered: the neighbours' sealed shares.
+            integers: `(size,)` in [0, 2^b), noise included.
+
+        Raises:
+            SecureSumAborted: if too few neighbours are left, a share does not open, or an integer is out of range.
+        """
+        with self._step("mask") as state:
+            terms = self.terms
+            message = decode(delivered, Delivered, context=terms.context, limit=terms.limit)
+            if not message.sealed.keys() <= state.public_keys.keys():
+                raise SecureSumAborted("shares were delivered of clients that are no neighbours")
+            if len(message.sealed) + 1 < terms.threshold(len(state.public_keys) + 1):
+                raise SecureSumAborted(f"{len(message.sealed)} neighbours sent shares: too few to open a secret with")
+            for name, sealed in message.sealed.items():
+                shares = unseal(self._sealing_key(name), sealed, between(terms.context, name, state.name))
+                if len(shares) != 2 * SHARE_BYTES:
+                    raise SecureSumAborted(f"the shares of {name} have the wrong length")
+                state.received[name] = shares[:SHARE_BYTES], shares[SHARE_BYTES:]
+            values = np.asarray(integers)
+            if values.shape != (terms.size,) or values.dtype.kind not in "iu" or values.min() < 0 or values.max() >> terms.bits:
+                raise SecureSumAborted(f"a contribution is ({terms.size},) integers in [0, 2^{terms.bits})")
+            total = values.astype(np.uint32)
+            total += mask(state.seed, terms.size)
+            for name in state.received:
+                total += terms.common_mask(state.masking, state.public_keys[name][1], adds=state.name < name)
+            return encode(Masked(VERSION, terms.context, terms.pack(total)))
+
+    def consent(self, survivors: bytes) -> bytes:
+        """This client's signature of who is in the sum.
+
+        Raises:
+            SecureSumAborted: if they are too few, not of the cohort, or without this client.
+        """
+        with self._step("consent") as state:
+            names = decode(survivors, Survivors, context=self.terms.context, limit=self.terms.limit).names
+            if list(names) != sorted(set(names)) or not set(state.cohort) >= set(names) or state.name not in names:
+                raise SecureSumAborted("survivors are clients of the cohort, once each, in order, and whom they are sent to")
+            if not state.received.keys() >= set(names) & state.public_keys.keys():
+                raise SecureSumAborted("a survivor sent no shares: its mask could never be taken off")
+            if len(names) < self.terms.min_cohort:
+                raise SecureSumAborted(f"{len(names)} survivors where {self.terms.min_cohort} are the fewest that hide a client")
+            state.survivors = names
+            return encode(Consent(VERSION, self.terms.context, self._key.sign("secure sum survivors", self._survivor_content())))
+
+    def reveal(self, consents: bytes) -> bytes:
+        """Shares that open survivors' own masks and the common masks of neighbours that dropped out: one kind of each client.
+
+        Raises:
+            SecureSumAborted: if fewer neighbours than open a secret signed the survivors that this client was told.
+        """
+        with self._step("reveal") as state:
+            terms = self.terms
+            signatures = decode(consents, Consents, context=terms.context, limit=terms.limit).signatures
+            told = set(state.survivors) & state.received.keys()
+            if not signatures.keys() <= told:
+                raise SecureSumAborted("somebody consents who is no surviving neighbour")
+            for name, signature in signatures.items():
+                if not signature_holds(terms.roster[name], "secure sum survivors", self._survivor_content(), signature):
+                    raise SecureSumAborted(f"{name} did not sign the survivors that this client was told")
+            if len(signatures) + 1 < terms.threshold(len(state.public_keys) + 1):
+                raise SecureSumAborted(f"{len(signatures)} neighbours signed the same survivors: too few")
+            seeds = {name: state.received[name][0] for name in told} | {state.name: state.own_shares[0]}
+            keys = {name: shares[1] for name, shares in state.received.items() if name not in told}
+            state.seed = state.masking = b""  # a stored copy opens nothing more
+            return encode(Revealed(VERSION, terms.context, seeds, keys))
+
+    @contextmanager
+    def _step(self, stage: str) -> Iterator[_State]:
+        """The state for one step; if that fails, the session is over."""
+        state, over = self._state, len(STAGES)
+        due, state.stage = state.stage, over
+        if due == over or STAGES[due] != stage:
+            raise SecureSumAborted(
+                f"asked to {stage}, but a client takes each step of a round once, in order: the round is over for it"
+            )
+        yield state
+        state.stage = due + 1
+
+    def _places(self) -> dict[str, int]:
+        """Where shares lie, by client: the same for all whoever deals, so that a server need not be told."""
+        return {name: number for number, name in enumerate(self._state.cohort, 1)}
+
+    def _sealing_key(self, name: str) -> bytes:
+        return agree(self._state.sealing, self._state.public_keys[name][0], "secure sum shares", self.terms.context)
+
+    def _survivor_content(self) -> bytes:
+        return self.terms.context + msgspec.msgpack.encode(self._state.survivors)
+
+
+def between(context: bytes, sender: str, receiver: str) -> bytes:
+    """What sealed shares are bound to."""
+    return context + msgspec.msgpack.encode((sender, receiver))
+
+
+def advertised_content(context: bytes, name: str, sealing: bytes, masking: bytes) -> bytes:
+    """What a client signs of its keys."""
+    return context + msgspec.msgpack.encode((name, sealing, masking))

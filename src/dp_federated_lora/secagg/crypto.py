@@ -1,0 +1,108 @@
+"""The few primitives of secure sums, all from `cryptography` but Shamir's: key agreement, sealed shares, masks, shared secrets.
+
+Every derived key names its purpose and the round's context (HKDF, RFC 5869), so that a key of one round or purpose is useless in
+another.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
+
+from dp_federated_lora.errors import SecureSumAborted
+from dp_federated_lora.privacy import SecureRandom
+
+KEY_BYTES: Final = 32
+SHARE_BYTES: Final = 33
+PRIME: Final = 2**256 + 297
+"""The smallest prime above all 32-byte secrets."""
+
+_NONCE_BYTES: Final = 12
+
+
+def new_private_key() -> bytes:
+    """A fresh X25519 private key (RFC 7748)."""
+    return X25519PrivateKey.generate().private_bytes_raw()
+
+
+def public_key(private: bytes) -> bytes:
+    """The public key of an X25519 private key."""
+    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def agree(private: bytes, public: bytes, purpose: str, context: bytes) -> bytes:
+    """A key that the holders of the two private keys have in common, for one purpose and context.
+
+    Raises:
+        SecureSumAborted: if the public key is one of the few with which everybody agrees on zero.
+    """
+    try:
+        common = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError as error:
+        raise SecureSumAborted("a public key is degenerate: whoever sent it wants a key that everybody knows") from error
+    return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=f"dpfl {purpose} ".encode() + context).derive(common)
+
+
+def seal(key: bytes, content: bytes, associated: bytes) -> bytes:
+    """Encrypt and authenticate `content` together with `associated`, which is not sent (AES-256-GCM, fresh nonce)."""
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    return nonce + AESGCM(key).encrypt(nonce, content, associated)
+
+
+def unseal(key: bytes, sealed: bytes, associated: bytes) -> bytes:
+    """What was sealed.
+
+    Raises:
+        SecureSumAborted: if it was changed, sealed for another place, or with another key.
+    """
+    try:
+        return AESGCM(key).decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], associated)
+    except (InvalidTag, ValueError) as error:
+        raise SecureSumAborted("a sealed share does not open: it was changed on the way or meant for somebody else") from error
+
+
+def mask(seed: bytes, size: int) -> NDArray[np.uint32]:
+    """Uniform integers modulo 2^32 `(size,)`, the keystream of AES-256 in counter mode under `seed`."""
+    return SecureRandom(seed).uint64((size + 1) // 2).view(np.uint32)[:size]
+
+
+def split(secret: bytes, places: Sequence[int], threshold: int) -> dict[int, bytes]:
+    """Shares of a 32-byte secret by place; any `threshold` of them give it back, fewer say nothing (Shamir 1979).
+
+    Args:
+        secret: 32 bytes.
+        places: distinct, 1 to 2^32.
+        threshold: at least 1.
+    """
+    coefficients = [int.from_bytes(secret), *(secrets.randbelow(PRIME) for _ in range(threshold - 1))]
+    shares = {}
+    for place in places:
+        value = 0
+        for coefficient in reversed(coefficients):
+            value = (value * place + coefficient) % PRIME
+        shares[place] = value.to_bytes(SHARE_BYTES)
+    return shares
+
+
+def combine(shares: Mapping[int, bytes]) -> bytes | None:
+    """The secret of which these are shares, as many as the threshold; None if they are shares of nothing that `split` takes."""
+    places = list(shares)
+    total = 0
+    for place, share in shares.items():
+        above = below = 1
+        for other in places:
+            if other != place:
+                above = above * other % PRIME
+                below = below * (other - place) % PRIME
+        total += int.from_bytes(share) * above * pow(below, -1, PRIME)
+    secret = total % PRIME
+    return secret.to_bytes(KEY_BYTES) if secret < 1 << 8 * KEY_BYTES else None

@@ -1,0 +1,191 @@
+"""The server's side of a secure sum: it carries messages, and learns the sum or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Final, NamedTuple, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dp_federated_lora.errors import SecureSumAborted
+from dp_federated_lora.secagg.crypto import combine, mask, public_key
+from dp_federated_lora.secagg.messages import (
+    VERSION,
+    Advertised,
+    Cohort,
+    Consent,
+    Consents,
+    Delivered,
+    Kind,
+    Masked,
+    Message,
+    Revealed,
+    Shares,
+    Survivors,
+    decode,
+    encode,
+)
+from dp_federated_lora.secagg.terms import Terms
+
+KINDS: Final[tuple[type[Message], ...]] = (Advertised, Shares, Masked, Consent, Revealed)
+
+
+class SecureTotal(NamedTuple):
+    """What a secure sum gives: the sum modulo 2^b `(size,)`, and whose integers are in it."""
+
+    integers: NDArray[np.uint32]
+    names: tuple[str, ...]
+
+
+@final
+class ServerSession:
+    """One secure sum at the server: `receive` answers, then `advance` to the next messages; four times, and a fifth for the sum.
+
+    Who has not answered when the server advances is out of the round. The sum so far, not the clients' integers, is kept.
+
+    Args:
+        terms: of the round.
+    """
+
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+        self._stage = 0
+        self._received: dict[str, Message] = {}
+        self._expected: set[str] = set(terms.roster)
+        self._cohort: tuple[str, ...] = ()
+        self._near: dict[str, list[str]] = {}
+        self._advertised: dict[str, Advertised] = {}
+        self._shares: dict[str, Shares] = {}
+        self._survivors: tuple[str, ...] = ()
+        self._total = np.zeros(terms.size, dtype=np.uint32)
+        self.result: SecureTotal | None = None
+
+    def receive(self, sender: str, data: bytes) -> None:
+        """Take a client's answer to the last message.
+
+        Args:
+            sender: who sent it, as the transport knows it.
+            data: the answer.
+
+        Raises:
+            SecureSumAborted: if it is not one that is due, or malformed. Nothing has changed: the client may send a right one.
+        """
+        if self.result is not None or sender not in self._expected or sender in self._received:
+            raise SecureSumAborted(f"nothing is due from {sender}: it has answered, or is not in this round")
+        message = decode(data, KINDS[self._stage], context=self.terms.context, limit=self.terms.limit)
+        if isinstance(message, Advertised) and message.name != sender:
+            raise SecureSumAborted(f"{sender} advertised keys as {message.name}")
+        if isinstance(message, Shares) and message.sealed.keys() != set(self._near[sender]):
+            raise SecureSumAborted(
+                f"{sender} sealed shares for others than its neighbours: masks with them would stay in the sum"
+            )
+        if isinstance(message, Masked):
+            self._total += self.terms.unpack(message.integers)
+            message = Masked(VERSION, self.terms.context, b"")
+        self._received[sender] = message
+
+    def waiting_for(self) -> set[str]:
+        """Who has not answered yet."""
+        return self._expected - self._received.keys()
+
+    def advance(self) -> dict[str, bytes]:
+        """The next message for each client that is still in the round; empty once `result` is there.
+
+        Raises:
+            SecureSumAborted: if too few have answered, or what they revealed opens nothing. The sum is not opened.
+        """
+        steps: tuple[Callable[[], dict[str, bytes]], ...] = (
+            self._introduce,
+            self._deliver,
+            self._announce,
+            self._exchange_consents,
+            self._open,
+        )
+        if self.result is not None:
+            raise SecureSumAborted("this sum is open already: it is opened once")
+        if len(self._received) < self.terms.min_cohort:
+            raise SecureSumAborted(
+                f"{len(self._received)} clients answered where {self.terms.min_cohort} are the fewest to go on with"
+            )
+        messages = steps[self._stage]()
+        self._stage, self._received, self._expected = self._stage + 1, {}, set(messages)
+        return messages
+
+    def _of(self, kind: type[Kind]) -> dict[str, Kind]:
+        """What was received, by sender."""
+        return {name: message for name, message in self._received.items() if isinstance(message, kind)}
+
+    def _introduce(self) -> dict[str, bytes]:
+        self._advertised = self._of(Advertised)
+        self._cohort = tuple(sorted(self._advertised))
+        self._near = {name: self.terms.neighbours(name, self._cohort) for name in self._cohort}
+        return {
+            name: self._message(Cohort, self._cohort, tuple(self._advertised[other] for other in near))
+            for name, near in self._near.items()
+        }
+
+    def _deliver(self) -> dict[str, bytes]:
+        self._shares = self._of(Shares)
+        messages = {}
+        for name in self._shares:
+            near = [other for other in self._near[name] if other in self._shares]
+            sealed = {other: self._shares[other].sealed[name] for other in near if name in self._shares[other].sealed}
+            messages[name] = self._message(Delivered, sealed)
+        return messages
+
+    def _announce(self) -> dict[str, bytes]:
+        self._survivors = tuple(sorted(self._received))
+        return dict.fromkeys(self._survivors, self._message(Survivors, self._survivors))
+
+    def _exchange_consents(self) -> dict[str, bytes]:
+        consents = self._of(Consent)
+        return {
+            name: self._message(Consents, {other: consents[other].signature for other in self._near[name] if other in consents})
+            for name in consents
+        }
+
+    def _open(self) -> dict[str, bytes]:
+        revealed, place = self._of(Revealed), {name: number for number, name in enumerate(self._cohort, 1)}
+        for name in self._survivors:
+            shares = {
+                place[other]: revealed[other].seeds[name]
+                for other in self._holders(name, revealed)
+                if name in revealed[other].seeds
+            }
+            seed = self._combined(name, shares)
+            if hashlib.sha256(seed).digest() != self._shares[name].seed_digest:
+                raise SecureSumAborted(f"shares of {name}'s seed do not belong together: somebody revealed a wrong one")
+            self._total -= mask(seed, self.terms.size)
+        for name in self._shares.keys() - set(self._survivors):
+            near = [other for other in self._near[name] if other in self._survivors]
+            if not near:
+                continue
+            shares = {
+                place[other]: revealed[other].keys[name]
+                for other in self._holders(name, revealed)
+                if name in revealed[other].keys
+            }
+            private = self._combined(name, shares)
+            if public_key(private) != self._advertised[name].masking:
+                raise SecureSumAborted(f"shares of {name}'s key do not belong together: somebody revealed a wrong one")
+            for other in near:
+                self._total -= self.terms.common_mask(private, self._advertised[other].masking, adds=other < name)
+        self.result = SecureTotal(self._total & np.uint32((1 << self.terms.bits) - 1), self._survivors)
+        return {}
+
+    def _holders(self, name: str, among: Iterable[str]) -> list[str]:
+        return [other for other in (name, *self._near[name]) if other in among]
+
+    def _combined(self, name: str, shares: dict[int, bytes]) -> bytes:
+        threshold = self.terms.threshold(len(self._near[name]) + 1)
+        if len(shares) < threshold:
+            raise SecureSumAborted(f"{len(shares)} shares of a secret of {name} where {threshold} open it")
+        secret = combine(dict(sorted(shares.items())[:threshold]))
+        if secret is None:
+            raise SecureSumAborted(f"shares of a secret of {name} are of no secret: somebody revealed a wrong one")
+        return secret
+
+    def _message(self, kind: Callable[..., Message], *fields: object) -> bytes:
+        return encode(kind(VERSION, self.terms.context, *fields))
