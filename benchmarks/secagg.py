@@ -5,8 +5,8 @@
 All messages run as bytes through both state machines in one process; 20 bits, neighbours for a tenth corrupt and a tenth dropped.
 Clients drop out after they sent their shares. "Of the keystream" compares with making and adding the masks alone, by AES-256
 in counter mode. Processor time of one thread: the median client, and all that the server does. Flower's functions (another
-interpreter that has `flwr[simulation]`) do what its client and server do for the same neighbours, threshold and masks; the part of
-the server is scaled up from twenty secrets and masks.
+interpreter that has `flwr[simulation]`) do what its client and server do for the same neighbours, threshold and masks; the time
+of its server is scaled up from twenty secrets and masks.
 """
 
 from __future__ import annotations

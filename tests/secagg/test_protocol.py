@@ -17,7 +17,7 @@ from secure_rounds import KEYS, answer, clients_of, expected_sum, integers_of, n
 from dp_federated_lora.errors import IncompatiblePlan, SecureSumAborted
 from dp_federated_lora.secagg import messages as m
 from dp_federated_lora.secagg.client_session import STAGES, ClientSession
-from dp_federated_lora.secagg.crypto import SHARE_BYTES, combine, split
+from dp_federated_lora.secagg.crypto import SHARE_BYTES, PrivateKey, agree, combine, split
 from dp_federated_lora.secagg.server_session import ServerSession
 from dp_federated_lora.secagg.terms import degree_for
 from dp_federated_lora.signing import SigningKey
@@ -209,8 +209,13 @@ def test_4_clients_of_another_round_or_model_are_refused_even_where_the_server_f
 
 def test_4_masks_of_clients_with_different_models_do_not_cancel():
     one, two = terms_of(3), terms_of(3, model=bytes(31) + b"\1")
-    private, public = bytes(31) + b"\5", bytes(31) + b"\7"
+    private, public = PrivateKey.generate(), bytes(31) + b"\7"
     assert not np.array_equal(one.common_mask(private, public, adds=True), two.common_mask(private, public, adds=True))
+
+
+def test_3_a_key_with_which_everybody_agrees_on_zero_is_refused():
+    with pytest.raises(SecureSumAborted, match="degenerate"):
+        agree(PrivateKey.generate(), bytes(32), "secure sum mask", bytes(32))
 
 
 def test_5_too_few_survivors_are_never_opened():

@@ -16,10 +16,9 @@ from dp_federated_lora.errors import SecureSumAborted
 from dp_federated_lora.secagg.crypto import (
     KEY_BYTES,
     SHARE_BYTES,
+    PrivateKey,
     agree,
     mask,
-    new_private_key,
-    public_key,
     seal,
     split,
     unseal,
@@ -76,7 +75,14 @@ class ClientSession:
         if terms.roster.get(name) != key.public:
             raise SecureSumAborted(f"{name} is not in the roster with this key")
         self.terms, self._key = terms, key
-        self._state = _State(name, new_private_key(), new_private_key(), secrets.token_bytes(KEY_BYTES))
+        sealing, masking, seed = (secrets.token_bytes(KEY_BYTES) for _ in range(3))
+        self._begin(_State(name, sealing, masking, seed))
+
+    def _begin(self, state: _State) -> None:
+        self._state = state
+        self._sealing, self._masking = (PrivateKey.from_private_bytes(key) for key in (state.sealing, state.masking))
+        self._public = tuple(key.public_key().public_bytes_raw() for key in (self._sealing, self._masking))
+        self._sealing_keys: dict[str, bytes] = {}
 
     def to_bytes(self) -> bytes:
         """The session as it is, as secret as the client's data.
@@ -97,15 +103,15 @@ class ClientSession:
         except msgspec.MsgspecError as error:
             raise SecureSumAborted(f"a stored session is damaged: {error}; this round is lost for the client") from error
         session = cls(state.name, terms, key)
-        session._state = state
+        session._begin(state)
         return session
 
     def advertise(self) -> bytes:
         """Public keys of this round, signed."""
         with self._step("advertise") as state:
-            keys = public_key(state.sealing), public_key(state.masking)
-            signature = self._key.sign("secure sum keys", advertised_content(self.terms.context, state.name, *keys))
-            return encode(Advertised(VERSION, self.terms.context, state.name, *keys, signature))
+            sealing, masking = self._public
+            signature = self._key.sign("secure sum keys", advertised_content(self.terms.context, state.name, sealing, masking))
+            return encode(Advertised(VERSION, self.terms.context, state.name, sealing, masking, signature))
 
     def share(self, cohort: bytes) -> bytes:
         """Shares of this client's secrets for its neighbours, sealed.
@@ -125,8 +131,7 @@ class ClientSession:
             if sorted(neighbours) != terms.neighbours(state.name, names) or len(neighbours) != len(message.neighbours):
                 raise SecureSumAborted("the keys are not those of this client's neighbours in the cohort")
             keys = [key for each in neighbours.values() for key in (each.sealing, each.masking)]
-            own = [public_key(state.sealing), public_key(state.masking)]
-            if len({*keys, *own}) != len(keys) + len(own):
+            if len({*keys, *self._public}) != len(keys) + len(self._public):
                 raise SecureSumAborted("a public key appears twice: somebody stands in for somebody else")
             for name, each in neighbours.items():
                 content = advertised_content(terms.context, name, each.sealing, each.masking)
@@ -174,7 +179,7 @@ class ClientSession:
             total = values.astype(np.uint32)
             total += mask(state.seed, terms.size)
             for name in state.received:
-                total += terms.common_mask(state.masking, state.public_keys[name][1], adds=state.name < name)
+                total += terms.common_mask(self._masking, state.public_keys[name][1], adds=state.name < name)
             return encode(Masked(VERSION, terms.context, terms.pack(total)))
 
     def consent(self, survivors: bytes) -> bytes:
@@ -213,7 +218,6 @@ class ClientSession:
                 raise SecureSumAborted(f"{len(signatures)} neighbours signed the same survivors: too few")
             seeds = {name: state.received[name][0] for name in told} | {state.name: state.own_shares[0]}
             keys = {name: shares[1] for name, shares in state.received.items() if name not in told}
-            state.seed = state.masking = b""  # a stored copy opens nothing more
             return encode(Revealed(VERSION, terms.context, seeds, keys))
 
     @contextmanager
@@ -233,7 +237,10 @@ class ClientSession:
         return {name: number for number, name in enumerate(self._state.cohort, 1)}
 
     def _sealing_key(self, name: str) -> bytes:
-        return agree(self._state.sealing, self._state.public_keys[name][0], "secure sum shares", self.terms.context)
+        if name not in self._sealing_keys:
+            public, _ = self._state.public_keys[name]
+            self._sealing_keys[name] = agree(self._sealing, public, "secure sum shares", self.terms.context)
+        return self._sealing_keys[name]
 
     def _survivor_content(self) -> bytes:
         return self.terms.context + msgspec.msgpack.encode(self._state.survivors)

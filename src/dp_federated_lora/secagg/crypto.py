@@ -29,24 +29,18 @@ PRIME: Final = 2**256 + 297
 _NONCE_BYTES: Final = 12
 
 
-def new_private_key() -> bytes:
-    """A fresh X25519 private key (RFC 7748)."""
-    return X25519PrivateKey.generate().private_bytes_raw()
+PrivateKey = X25519PrivateKey
+"""Of key agreement (RFC 7748)."""
 
 
-def public_key(private: bytes) -> bytes:
-    """The public key of an X25519 private key."""
-    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
-
-
-def agree(private: bytes, public: bytes, purpose: str, context: bytes) -> bytes:
+def agree(private: PrivateKey, public: bytes, purpose: str, context: bytes) -> bytes:
     """A key that the holders of the two private keys have in common, for one purpose and context.
 
     Raises:
         SecureSumAborted: if the public key is one of the few with which everybody agrees on zero.
     """
     try:
-        common = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+        common = private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as error:
         raise SecureSumAborted("a public key is degenerate: whoever sent it wants a key that everybody knows") from error
     return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=f"dpfl {purpose} ".encode() + context).derive(common)

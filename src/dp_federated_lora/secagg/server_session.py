@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dp_federated_lora.errors import SecureSumAborted
-from dp_federated_lora.secagg.crypto import combine, mask, public_key
+from dp_federated_lora.secagg.crypto import PrivateKey, combine, mask
 from dp_federated_lora.secagg.messages import (
     VERSION,
     Advertised,
@@ -140,11 +140,12 @@ class ServerSession:
         return dict.fromkeys(self._survivors, self._message(Survivors, self._survivors))
 
     def _exchange_consents(self) -> dict[str, bytes]:
-        consents = self._of(Consent)
-        return {
-            name: self._message(Consents, {other: consents[other].signature for other in self._near[name] if other in consents})
-            for name in consents
-        }
+        consents, messages = self._of(Consent), dict[str, bytes]()
+        for name in consents:
+            enough = self.terms.threshold(len(self._near[name]) + 1) - 1  # more would only take the client time to check
+            near = [other for other in self._near[name] if other in consents][:enough]
+            messages[name] = self._message(Consents, {other: consents[other].signature for other in near})
+        return messages
 
     def _open(self) -> dict[str, bytes]:
         revealed, place = self._of(Revealed), {name: number for number, name in enumerate(self._cohort, 1)}
@@ -167,8 +168,8 @@ class ServerSession:
                 for other in self._holders(name, revealed)
                 if name in revealed[other].keys
             }
-            private = self._combined(name, shares)
-            if public_key(private) != self._advertised[name].masking:
+            private = PrivateKey.from_private_bytes(self._combined(name, shares))
+            if private.public_key().public_bytes_raw() != self._advertised[name].masking:
                 raise SecureSumAborted(f"shares of {name}'s key do not belong together: somebody revealed a wrong one")
             for other in near:
                 self._total -= self.terms.common_mask(private, self._advertised[other].masking, adds=other < name)

@@ -15,7 +15,7 @@ from scipy.stats import hypergeom
 
 from dp_federated_lora.errors import IncompatiblePlan, SecureSumAborted
 from dp_federated_lora.privacy import SecureRandom
-from dp_federated_lora.secagg.crypto import agree, mask
+from dp_federated_lora.secagg.crypto import PrivateKey, agree, mask
 
 _PER_NEIGHBOUR: Final = 1024
 """Bytes of a message for each client that it names, at most: a name, keys, a signature or sealed shares."""
@@ -127,7 +127,7 @@ class Terms:
         whole[:, : self.item_bytes] = np.frombuffer(packed, dtype=np.uint8).reshape(self.size, -1)
         return whole.view("<u4")[:, 0] & np.uint32((1 << self.bits) - 1)
 
-    def common_mask(self, private: bytes, public: bytes, *, adds: bool) -> NDArray[np.uint32]:
+    def common_mask(self, private: PrivateKey, public: bytes, *, adds: bool) -> NDArray[np.uint32]:
         """What two clients have in common, modulo 2^32 `(size,)`: the first of them adds it, the other takes it away."""
         common = mask(agree(private, public, "secure sum mask", self.context), self.size)
         return common if adds else -common
