@@ -2,7 +2,7 @@
 
     python benchmarks/cores.py [--repetitions 5] [--clients 32]
 
-Clients as in cohort.py, one by one and in stacks of 1,024 tokens. "All cores" is `run.threads`: a client, a stack or a share of
+Clients as in cohort.py, one by one and in stacks of 256 tokens. "All cores" is `run.threads`: a client, a stack or a share of
 examples on each. "Each operation on all" is what torch does by itself: clients in turn, each matrix product on all cores.
 Wall-clock time, the engines in turn, medians; the ratio to one core is the number to compare between machines.
 """
@@ -24,7 +24,7 @@ from dp_federated_lora.privacy import PrivacyUnit, SecureRandom
 from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.training import Learner
 
-STACK: Final = 1024
+STACK: Final = 256
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from flwr.clientapp.mod import fixedclipping_mod
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, FedAvg
 from flwr.simulation import run_simulation
-from simulate_work import CLIP_NORM, EXAMPLES, WARM_UP, Work, arguments, loaded, tell
+from simulate_work import CLIP_NORM, WARM_UP, Work, arguments, loaded, tell
 
 logging.getLogger("flwr").setLevel(logging.ERROR)
 client_app = ClientApp(mods=[fixedclipping_mod])
@@ -29,7 +29,7 @@ def train(message: Message, context: Context) -> Message:
     model.load(start)
     model.learn(*work.of(int(context.node_config["partition-id"])))
     arrays = ArrayRecord({name: model.trained[name].detach() for name in start})
-    content = {"arrays": arrays, "metrics": MetricRecord({"num-examples": EXAMPLES})}
+    content = {"arrays": arrays, "metrics": MetricRecord({"num-examples": work.examples})}
     return Message(content=RecordDict(content), reply_to=message)
 
 
@@ -53,7 +53,7 @@ def main() -> None:
             result = strategy.start(grid, ArrayRecord(adapter), num_rounds=1, train_config=config)
             seconds = time.perf_counter() - start
         after = result.arrays.to_torch_state_dict()
-        tell(options, seconds, {name: after[name] - value for name, value in adapter.items()})
+        tell(options, "flwr", seconds, {name: after[name] - value for name, value in adapter.items()})
 
     resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": options.cores}}
     run_simulation(server_app, client_app, options.clients, backend_config=resources)

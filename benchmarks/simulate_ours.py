@@ -13,7 +13,6 @@ from simulate_work import (
     ALPHA,
     CLASSES,
     CLIP_NORM,
-    EXAMPLES,
     LEARNING_RATE,
     RANK,
     STEPS,
@@ -63,7 +62,7 @@ def plan_of(clients: int) -> PrivacyPlan:
 
 def clients_of(work: Work, plan: PrivacyPlan, count: int) -> list[Client]:
     """Participants; those with the same data share it."""
-    local = LocalSteps(steps=STEPS, batch_size=EXAMPLES, learning_rate=LEARNING_RATE)
+    local = LocalSteps(steps=STEPS, batch_size=work.examples, learning_rate=LEARNING_RATE)
     pairs = [work.of(number) for number in range(min(count, len(work.tokens)))]
     data = [Examples(tuple(map(tuple, tokens.tolist())), tuple(labels.tolist())) for tokens, labels in pairs]
     nobody = data[0].subset(())
@@ -91,6 +90,11 @@ def open_round(model: AdaptedModel, engine: Simulator, plan: PrivacyPlan) -> dic
     return server.layout.unflatten(total._value * resolution(CLIP_NORM) / plan.divisor)
 
 
+def peak() -> float:
+    """The most memory that this process has had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def main() -> None:
     """A warm-up of few clients, then the round that counts."""
     options = arguments(__doc__)
@@ -100,13 +104,14 @@ def main() -> None:
     learner = Learner(model, pad_id=0, batch_tokens=4096, last_layers=None, threads=options.cores)
     torch.set_num_threads(options.cores)
     run: Callable[[AdaptedModel, Simulator, PrivacyPlan], dict[str, Tensor]] = private_round if options.noise else open_round
+    before = peak()
     for count in (min(WARM_UP, options.clients), options.clients):
         plan = plan_of(count)
         engine = Simulator(clients_of(work, plan, count), learner, stack_tokens=options.stack)
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         update = run(model, engine, plan)
-        seconds = time.perf_counter() - start
-    tell(options, seconds, update, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        seconds, processor = time.perf_counter() - start, time.process_time() - processor
+    tell(options, "dp-federated-lora-lab", seconds, update, processor=processor, peak=peak(), increase=peak() - before)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pfl.metrics import Weighted
 from pfl.model.pytorch import PyTorchModel
 from pfl.privacy.gaussian_mechanism import GaussianMechanism
 from pfl.privacy.privacy_mechanism import CentrallyAppliedPrivacyMechanism
-from simulate_work import CLIP_NORM, EXAMPLES, LEARNING_RATE, STEPS, WARM_UP, Classifier, Work, arguments, tell
+from simulate_work import CLIP_NORM, LEARNING_RATE, STEPS, WARM_UP, Classifier, Work, arguments, tell
 from torch import Tensor
 
 
@@ -49,7 +49,7 @@ def main() -> None:
         torch.optim.SGD(network.trained.values(), lr=1.0),
     )
     local = NNTrainHyperParams(
-        local_batch_size=EXAMPLES, local_num_epochs=STEPS, local_learning_rate=LEARNING_RATE, local_max_grad_norm=None
+        local_batch_size=work.examples, local_num_epochs=STEPS, local_learning_rate=LEARNING_RATE, local_max_grad_norm=None
     )
     algorithm = FederatedAveraging()
     for number, count in enumerate((min(WARM_UP, options.clients), options.clients), start=1):
@@ -62,7 +62,7 @@ def main() -> None:
         algorithm.run(rounds, backend, model, local, model_eval_params=local, send_metrics_to_platform=False)
         seconds = time.perf_counter() - start
     if distributed.global_rank == 0:
-        tell(options, seconds, {name: p.detach() - work.adapter[name] for name, p in network.trained.items()})
+        tell(options, "pfl", seconds, {name: p.detach() - work.adapter[name] for name, p in network.trained.items()})
 
 
 if __name__ == "__main__":

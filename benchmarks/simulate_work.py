@@ -9,6 +9,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,8 +23,6 @@ CLASSES: Final = 8
 RANK: Final = 8
 ALPHA: Final = 16
 TARGETS: Final = ("query", "value")
-EXAMPLES: Final = 4
-TOKENS: Final = 32
 STEPS: Final = 2
 LEARNING_RATE: Final = 0.1
 CLIP_NORM: Final = 0.13
@@ -34,20 +33,20 @@ WARM_UP: Final = 32
 
 @dataclass(frozen=True)
 class Work:
-    """The global adapter by name, and the clients' tokens `(D, 4, 32)` and labels `(D, 4)`; client k has the data k mod D."""
+    """The global adapter by name, and the clients' tokens `(D, B, T)` and labels `(D, B)`; client k has the data k mod D."""
 
     adapter: dict[str, Tensor]
     tokens: Tensor
     labels: Tensor
 
     @classmethod
-    def drawn(cls, adapter: dict[str, Tensor], clients: int) -> Work:
+    def drawn(cls, adapter: dict[str, Tensor], clients: int, examples: int, tokens: int) -> Work:
         """Random tensors of the adapter's shapes, so that no factor is zero, and random data."""
         generator = torch.Generator().manual_seed(1)
         return cls(
             {name: 0.02 * torch.randn(value.shape, generator=generator) for name, value in adapter.items()},
-            torch.randint(1000, 20_000, (clients, EXAMPLES, TOKENS), generator=generator),
-            torch.randint(CLASSES, (clients, EXAMPLES), generator=generator),
+            torch.randint(1000, 20_000, (clients, examples, tokens), generator=generator),
+            torch.randint(CLASSES, (clients, examples), generator=generator),
         )
 
     def save(self, path: Path) -> None:
@@ -61,8 +60,13 @@ class Work:
         tokens, labels = tensors.pop("tokens"), tensors.pop("labels")
         return cls(tensors, tokens, labels)
 
+    @property
+    def examples(self) -> int:
+        """B: a client's examples, and the size of its batches."""
+        return self.labels.shape[1]
+
     def of(self, client: int) -> tuple[Tensor, Tensor]:
-        """Tokens `(4, 32)` and labels `(4,)` of a client."""
+        """Tokens `(B, T)` and labels `(B,)` of a client."""
         place = client % len(self.tokens)
         return self.tokens[place], self.labels[place]
 
@@ -118,8 +122,8 @@ def arguments(doc: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def tell(options: argparse.Namespace, seconds: float, update: dict[str, Tensor], **more: float) -> None:
-    """Print one line of JSON; write the update."""
+def tell(options: argparse.Namespace, package: str, seconds: float, update: dict[str, Tensor], **more: float) -> None:
+    """Print one line of JSON, with the version of the package that was measured; write the update."""
     if options.update:
         save_file({name: value.contiguous() for name, value in update.items()}, options.update)
-    print(json.dumps({"seconds": seconds, **more}), flush=True)
+    print(json.dumps({"seconds": seconds, "version": version(package), **more}), flush=True)
