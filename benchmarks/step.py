@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dp_federated_lora.aggregation import FEDAVG
 from dp_federated_lora.data import Examples, resolve
+from dp_federated_lora.lab.speed import matrix_rate
 from dp_federated_lora.lora import AdaptedModel, Task, adapt, load_backbone
 from dp_federated_lora.privacy import UnitId, clip_examples
 from dp_federated_lora.training import Learner
@@ -191,16 +192,6 @@ def expected(model: AdaptedModel, row: Row, examples: Examples) -> Tensor:
     return (CLIP / rows.norm(dim=1)).clamp(max=1.0) @ rows
 
 
-def matrix_rate() -> float:
-    """Floating-point operations a second of large matrix products, the best of twenty."""
-    a, b, times = torch.randn(1024, 1024), torch.randn(1024, 1024), []
-    for _ in range(20):
-        start = time.process_time()
-        torch.mm(a, b)
-        times.append(time.process_time() - start)
-    return 2 * 1024**3 / min(times)
-
-
 def operations(step: Callable[[], object]) -> int:
     """Floating-point operations of the matrix products of a step."""
     with FlopCounterMode(display=False) as counter:
@@ -223,7 +214,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rate = matrix_rate()
+    rate = matrix_rate(time.process_time)
     print(
         f"{platform.machine()}, torch {torch.__version__}, one thread, processor time, {options.repetitions} repetitions; "
         f"matrix products {rate / 1e9:.0f} Gflop/s"
