@@ -97,6 +97,33 @@ def test_baselines_learn_and_the_document_has_shares_intervals_and_gaps(raw_conf
     assert (tmp_path / "study-probe.svg").read_text() == picture
 
 
+def test_each_table_is_compared_with_training_without_privacy_on_examples_of_the_same_length(
+    raw_config: Raw, tmp_path: Path
+) -> None:
+    longer = {"model.max_tokens": 12}
+    file = grid_of(
+        tmp_path,
+        raw_config,
+        {"title": "Short", "baseline": "not-private"},
+        {"title": "Short runs"},
+        {"title": "Long runs", "set": longer},
+        {"title": "Long", "set": longer, "baseline": "not-private"},
+    )
+    cells, results = read_grid(file), tmp_path / "study" / "results"
+    results.mkdir(parents=True)
+    for cell, accuracy in zip(cells, (0.8, 0.4, 0.6, 0.9), strict=True):
+        result = {"scores": {"accuracy": accuracy}, "minutes": 1.0}
+        (results / f"{cell.name}.json").write_text(json.dumps(result))
+    write_study(cells, tmp_path / "study", tmp_path / "study.md", command="dpfl bench utility")
+    text = (tmp_path / "study.md").read_text()
+    assert [line.split(" | ")[3] for line in text.splitlines() if line.startswith(("| LoRA", "| ffa"))] == [
+        "100.0 %",
+        "50.0 %",
+        "66.7 %",
+        "100.0 %",
+    ]
+
+
 def test_the_command_runs_chosen_tables_and_names_what_is_wrong(raw_config: Raw, tmp_path: Path) -> None:
     file = grid_of(tmp_path, raw_config, {"title": "First"}, {"title": "Second", "set": {"privacy.epsilon": 3.0}})
     document = tmp_path / "mine.md"

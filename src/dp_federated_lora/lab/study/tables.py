@@ -82,7 +82,7 @@ def write_study(cells: Sequence[Cell], folder: Path, document: Path, *, command:
     for title in dict.fromkeys(cell.block for cell in cells):
         rows = _rows([cell for cell in cells if cell.block == title], results)
         if rows:
-            lines += ["", f"## {title}", "", *_table(rows, anchors.get(rows[0].cell.recipe)), *_plot(title, rows, document)]
+            lines += ["", f"## {title}", "", *_table(rows, anchors.get(_kind(rows[0].cell))), *_plot(title, rows, document)]
     threads = torch.get_num_threads()
     lines += ["", f"Machine: {platform.processor() or platform.machine()}, {threads} threads, torch {torch.__version__}.", ""]
     document.write_text("\n".join(lines), encoding="utf-8")
@@ -96,10 +96,16 @@ def _rows(cells: Sequence[Cell], results: dict[str, Any]) -> list[Row]:
     return [Row(group[0], [results[cell.name] for cell in group]) for group in groups.values()]
 
 
-def _anchors(cells: Sequence[Cell], results: dict[str, Any]) -> dict[str, float]:
-    """Accuracy of non-private training by recipe."""
-    rows = _rows([cell for cell in cells if cell.baseline == "not-private"], results)
-    return {row.cell.recipe: row.interval("accuracy")[0] for row in rows}
+def _kind(cell: Cell) -> tuple[str, int]:
+    """What cells share with the training without privacy that they are compared with: recipe and length of examples."""
+    return cell.recipe, cell.config.model.max_tokens
+
+
+def _anchors(cells: Sequence[Cell], results: dict[str, Any]) -> dict[tuple[str, int], float]:
+    """Accuracy of training without privacy, by kind."""
+    whole = [cell for cell in cells if cell.baseline == "not-private"]
+    rows = [row for kind in {*map(_kind, whole)} for row in _rows([cell for cell in whole if _kind(cell) == kind], results)]
+    return {_kind(row.cell): row.interval("accuracy")[0] for row in rows}
 
 
 def _table(rows: Sequence[Row], anchor: float | None) -> list[str]:
