@@ -3,19 +3,19 @@
     python benchmarks/hotspots.py [--recipe newswire] [--functions 12] [--set privacy.rounds=20 ...]
 
 The run is that of `dpfl train` on one core, without what an earlier one kept. Functions are listed by the time spent in
-themselves, calls of compiled code included (sampled by pyinstrument every 10 ms). Padding is counted over batches of the training
+themselves (cProfile, which counts calls of compiled code as functions). Padding is counted over batches of the training
 table as they are first computed, and over those of one participant's sample.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
+import pstats
 import tempfile
 from pathlib import Path
 
 import torch
-from pyinstrument import Profiler
-from pyinstrument.renderers import ConsoleRenderer
 
 from dp_federated_lora import train
 from dp_federated_lora.data import Examples, length_batches
@@ -51,13 +51,14 @@ def main() -> None:
         sample, _ = client.sample(request, rng)
         for what, examples in (("all texts", table), ("one participant's sample", sample)):
             print(f"padding, {what}: {padding(examples, most):.1%}")
-        profiler = Profiler(interval=0.01)
-        with profiler:
-            train(config, out=f"{folder}/run")
-        print(f"torch {torch.__version__}, {profiler.last_session.duration:.0f} s")
-        lines = profiler.output(ConsoleRenderer(flat=True, show_all=True, unicode=True)).splitlines()
-        found = [line for line in lines if line.strip() and line.strip()[0].isdigit()]
-        print("\n".join(found[: options.functions]))
+        profiler = cProfile.Profile()
+        profiler.runcall(train, config, out=f"{folder}/run")
+    found = pstats.Stats(profiler)
+    total = found.total_tt  # type: ignore[attr-defined]
+    print(f"torch {torch.__version__}, {total:.0f} s")
+    own = sorted(((times[2], where) for where, times in found.stats.items()), reverse=True)  # type: ignore[attr-defined]
+    for seconds, (file, _, name) in own[: options.functions]:
+        print(f"{seconds / total:6.1%}  {name}  {Path(file).name if file != '~' else ''}")
 
 
 if __name__ == "__main__":
