@@ -7,8 +7,9 @@ A client takes two steps of SGD, each on all of its examples (MiniLM, LoRA r = 8
 change is clipped, the sum gets Gaussian noise once and is divided by the number of clients. First every system runs a round
 of a few clients without noise, and the mean updates must be the same to 1e-4 (ours is cut to a lattice of 2^-22 clip norms).
 Then the systems take turns, each in processes of its own: set-up, loading and a warm-up round are not counted. Wall-clock time,
-medians; the ratio is the number to compare between machines. A peer that is not installed here runs in the interpreter given for
-it, which needs torch, transformers, peft and safetensors beside the peer; a peer found nowhere is left out.
+medians; the ratio is the number to compare between machines that do nothing else (on a busy one the peers' processes count as
+several sessions, and get more of it than ours). A peer that is not installed here runs in the interpreter given for it, which
+needs torch, transformers, peft and safetensors beside the peer; a peer found nowhere is left out.
 
 `--growth` shows what the number of clients does to this project's time and memory, one process for each number. Clients share
 the data of 100 there, so that memory is that of the engine. "Increase" is over the peak after loading the model.

@@ -111,12 +111,32 @@ class AggregationError(DpflError):
     """Updates cannot be combined as asked: too many bad ones for the rule, another shape, an unknown rule or parameter."""
 
 
+class MessageRefused(DpflError):
+    """Bytes from the other side are not what may come now: malformed, too large, replayed, or of another run."""
+
+
 class SecureSumAborted(DpflError):
     """A secure sum cannot go on without telling more than the sum: it ends here, and nothing is opened."""
 
 
 class AuditError(DpflError):
     """An audit cannot say anything: too few canaries, an impossible confidence or count, or colliding names."""
+
+
+class PolicyRefused(DpflError):
+    """A site's policy does not allow what it was asked for; it does not take part."""
+
+
+class AuditLogCorrupt(DpflError):
+    """An audit log was edited, cut in the middle or signed by another key."""
+
+
+class KitRefused(DpflError):
+    """An invitation, a request or a kit is missing, damaged, expired, readable by others, or of somebody else."""
+
+
+class BrokerFailed(DpflError):
+    """The broker does not start, does not answer, or does not take what it was given."""
 
 
 class RunInterrupted(DpflError):

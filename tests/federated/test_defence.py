@@ -198,7 +198,7 @@ def test_under_local_trust_a_rule_sees_the_reports_of_all_participants(tmp_path:
 
 
 @pytest.mark.parametrize("defence", [Defence(), CENTRED, MEDIAN, replace(MEDIAN, around_aggregate=True)])
-@pytest.mark.parametrize("trust", list(Trust))
+@pytest.mark.parametrize("trust", [Trust.CENTRAL, Trust.LOCAL])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_two_of_ten_that_send_nan_poison_nothing(tmp_path: Path, defence: Defence, trust: Trust, value: float):
     local = trust is Trust.LOCAL

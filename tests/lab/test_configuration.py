@@ -6,8 +6,9 @@ import pytest
 from dp_federated_lora.errors import ConfigError
 from dp_federated_lora.lab.config import Config, load_config, parse_config
 from dp_federated_lora.lab.recipes import recipe_names, recipe_text
+from dp_federated_lora.lab.statement import state_privacy
 from dp_federated_lora.lab.workbench import privacy_plan, unit_notes
-from dp_federated_lora.privacy import Spend, state_privacy
+from dp_federated_lora.privacy import Spend
 
 Raw = dict[str, dict[str, object]]
 
@@ -55,7 +56,7 @@ def test_an_unknown_recipe_names_the_known_ones():
         ("privacy", "epsilon", float("nan"), "privacy.epsilon"),
         ("privacy", "sampling_rate", 0.0, "privacy.sampling_rate"),
         ("privacy", "sampling_rate", "0.1", "privacy.sampling_rate"),
-        ("privacy", "trust", "distributed", "privacy.trust"),
+        ("privacy", "trust", "nobody", "privacy.trust"),
         ("privacy", "population", None, "never counted from private data"),
         ("method", "name", "flora", "is no sum"),
         ("method", "name", "fedex", "is no sum"),

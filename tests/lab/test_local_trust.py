@@ -29,7 +29,7 @@ from dp_federated_lora.errors import (
 from dp_federated_lora.federated import Purpose, Request, RoundReport, Server, ServerState, handle, report
 from dp_federated_lora.lab.auditing import audit
 from dp_federated_lora.lab.config import Config, parse_config
-from dp_federated_lora.lab.planning import statement_at
+from dp_federated_lora.lab.statement import state_privacy, statement_at
 from dp_federated_lora.lab.workbench import Workbench, privacy_plan
 from dp_federated_lora.privacy import (
     GaussianMechanism,
@@ -43,7 +43,6 @@ from dp_federated_lora.privacy import (
     Trust,
     UnitId,
     clip_examples,
-    state_privacy,
 )
 from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.vector import Layout

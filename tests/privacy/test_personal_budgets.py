@@ -13,12 +13,13 @@ from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_federated_lora import train
 from dp_federated_lora.errors import ConfigError, IncompatiblePlan
 from dp_federated_lora.federated import Server
+from dp_federated_lora.lab.budgets import Personalisation, personal_tiers
 from dp_federated_lora.lab.config import parse_config
+from dp_federated_lora.lab.statement import state_privacy
 from dp_federated_lora.lab.workbench import Workbench, privacy_plan
 from dp_federated_lora.privacy import (
     Budget,
     Composition,
-    Personalisation,
     PrivacyPlan,
     PrivacyUnit,
     SecureRandom,
@@ -26,8 +27,6 @@ from dp_federated_lora.privacy import (
     Tier,
     UnitId,
     clip_examples,
-    personal_tiers,
-    state_privacy,
 )
 
 DELTA = 1e-5
@@ -89,8 +88,9 @@ def grouped(variant: Personalisation) -> PrivacyPlan:
         sampling_rate=0.3,
         rounds=4,
         clip_norm=2.0,
-        groups=[(Budget(2.0, DELTA), 400), (Budget(8.0, DELTA), 600)],
-        personalisation=variant,
+        groups=personal_tiers(
+            [(Budget(2.0, DELTA), 400), (Budget(8.0, DELTA), 600)], variant=variant, sampling_rate=0.3, rounds=4
+        ),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import lru_cache
 
 import mpmath
@@ -16,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dp_federated_lora.errors import IncompatiblePlan, PrivacyError
-from dp_federated_lora.privacy import SecureRandom, calibrate_noise_multiplier
-from dp_federated_lora.secagg import DiscreteGaussian, DistributedMechanism, SecureSum, Skellam, calibrate_secure_sum
+from dp_federated_lora.privacy import SecureRandom
+from dp_federated_lora.secagg import DiscreteGaussian, DistributedMechanism, SecureSum, Skellam
 from dp_federated_lora.secagg.mechanisms import skellam_rdp, subsampled_rdp
 
 DELTA = 1e-5
@@ -236,34 +235,3 @@ def test_sampling_rounds_and_noise_move_epsilon_the_right_way(mechanism):
     for wrong in ({"rounds": 0}, {"delta": 0.0}, {"sampling_rate": 0.0}, {"sampling_rate": 1.1}):
         with pytest.raises(PrivacyError, match="need rounds"):
             epsilon(made, **wrong)
-
-
-@MECHANISMS
-@pytest.mark.parametrize(("target", "rounds", "q"), [(3.0, 50, 1.0), (8.0, 1, 1.0), (2.0, 100, 0.1)])
-def test_calibration_finds_the_least_noise_from_above(mechanism, target: float, rounds: int, q: float):
-    total = calibrate_secure_sum(a_sum(bits=20), mechanism, epsilon=target, delta=DELTA, rounds=rounds, sampling_rate=q)
-    assert epsilon(mechanism(total), rounds=rounds, sampling_rate=q) <= target
-    less = replace(total, noise_multiplier=total.noise_multiplier / 1.0002)
-    assert epsilon(mechanism(less), rounds=rounds, sampling_rate=q) > target
-    ideal = calibrate_noise_multiplier(epsilon=target, delta=DELTA, sampling_rate=q, rounds=rounds)
-    assert ideal < total.noise_multiplier < 1.15 * ideal  # RDP against PLD
-
-
-@MECHANISMS
-def test_too_few_bits_for_a_target_say_so(mechanism):
-    with pytest.raises(IncompatiblePlan, match="raise bits"):
-        calibrate_secure_sum(a_sum(bits=8), mechanism, epsilon=0.5, delta=DELTA, rounds=100)
-
-
-@MECHANISMS
-def test_the_statement_names_noise_lattice_and_relation(mechanism):
-    words = mechanism(a_sum(max_cohort=120, min_cohort=100, colluders=10)).statement
-    for expected in (
-        mechanism.name,
-        "2^16",
-        "90 of its noise shares",
-        "at least 100 clients",
-        "10 of them",
-        "replacement by zeros",
-    ):
-        assert expected in words

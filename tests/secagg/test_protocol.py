@@ -11,7 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import chi2
+from scipy.stats import chi2, hypergeom
 from secure_rounds import KEYS, answer, clients_of, expected_sum, integers_of, names_of, run_until, terms_of
 
 from dp_federated_lora.errors import IncompatiblePlan, SecureSumAborted
@@ -19,7 +19,7 @@ from dp_federated_lora.secagg import messages as m
 from dp_federated_lora.secagg.client_session import STAGES, ClientSession
 from dp_federated_lora.secagg.crypto import SHARE_BYTES, PrivateKey, agree, combine, split
 from dp_federated_lora.secagg.server_session import ServerSession
-from dp_federated_lora.secagg.terms import degree_for
+from dp_federated_lora.secagg.terms import Terms, circle_for, degree_for
 from dp_federated_lora.signing import SigningKey
 
 LATER = STAGES[1:]
@@ -412,3 +412,27 @@ def test_terms_that_hide_nobody_or_make_no_sense_are_refused(change: dict):
 def test_a_client_needs_its_own_key_of_the_roster():
     with pytest.raises(SecureSumAborted, match="roster"):
         ClientSession("site-000", terms_of(3), SigningKey(Ed25519PrivateKey.generate()))
+
+
+@pytest.mark.parametrize(("clients", "corrupt", "dropped"), [(300, 15, 30), (1000, 50, 50), (1000, 100, 100)])
+def test_a_circle_for_malicious_servers_keeps_all_three_probabilities_small(clients: int, corrupt: int, dropped: int):
+    degree, bad = circle_for(clients, corrupt=corrupt, dropped=dropped)
+    assert degree is not None
+    assert degree % 2 == 0
+    assert degree < clients - 1
+    others = clients - 1
+    threshold = (degree + 1 + bad) // 2 + 1
+    near_bad = sum(hypergeom.pmf(k, others, corrupt, degree) for k in range(bad, degree + 1))
+    alone = hypergeom.pmf(degree, others, corrupt + dropped, degree)
+    stuck = sum(hypergeom.pmf(k, others, others - dropped, degree) for k in range(threshold - 1))
+    assert clients * near_bad < 2**-40
+    assert clients * alone < 2**-40
+    assert clients * stuck < 2**-30
+    assert 2 * threshold > degree + 1 + bad  # two sets that open secrets have an honest client in common
+    roster = {f"c{n}": "00" for n in range(clients)}
+    terms = Terms("r", 1, 8, 20, roster, bytes(32), min_cohort=clients - dropped, corrupt=bad, degree=degree)
+    assert terms.threshold(degree + 1) == threshold
+
+
+def test_where_no_circle_does_everybody_is_a_neighbour():
+    assert circle_for(110, corrupt=40, dropped=40) == (None, 40)

@@ -20,11 +20,10 @@ from torch import Tensor
 from dp_federated_lora.aggregation import ServerOptimizer
 from dp_federated_lora.audit.bounds import Guesses
 from dp_federated_lora.errors import AuditError
-from dp_federated_lora.federated import Exchange, Purpose, Request, Server
+from dp_federated_lora.federated import Exchange, Purpose, Request, Server, Sites
 from dp_federated_lora.privacy import (
     BoundedSum,
     GaussianMechanism,
-    Permit,
     PrivacyUnit,
     Released,
     SecureRandom,
@@ -115,7 +114,7 @@ class _WithCanaries:
             self._extra = [AUDITOR]
         if server.plan.trust is not Trust.CENTRAL:
             raise AuditError(
-                "canaries are guessed from one noised sum, and under trust = local each of them would send its own noise: audit "
+                "canaries are guessed from one sum with noise of its own, and here each of them would add noise: audit "
                 "the configuration with trust = central"
             )
         if server.plan.tiers:
@@ -153,9 +152,13 @@ class _WithCanaries:
                 rows = encode(torch.stack([self._vector(index, layout, request.clip_norm) for index in indices]))
                 yield plan.clip(rows, request.clip_norm, [UnitId(f"{AUDITOR}/{index}") for index in indices])
 
-    def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
+    def reports(self, request: Request, sites: Sites) -> Iterator[Released]:
         """Replies of the inner exchange: `wrap` refuses plans under which canaries would report themselves."""
         return self._inner.reports(request, sites)
+
+    def opened(self, request: Request, sites: Sites, members: Sequence[str], *, size: int) -> Tensor:
+        """Secure sum of the inner exchange: refused like reports."""
+        return self._inner.opened(request, sites, members, size=size)
 
     def _vector(self, index: int, layout: Layout, clip_norm: float) -> Tensor:
         """What a canary sends: its direction in the round's layout, sqrt(d) times as long as the clip norm."""

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from dp_federated_lora.errors import AuditError
-from dp_federated_lora.federated import Exchange, Request, RoundReport, Server
-from dp_federated_lora.privacy import BoundedSum, Permit, PrivacyPlan, Released, SecureRandom
+from dp_federated_lora.federated import Exchange, Request, RoundReport, Server, Sites
+from dp_federated_lora.privacy import BoundedSum, PrivacyPlan, Released, SecureRandom
 
 # Examples in one forward pass change each other's gradients in the last bits of float32 (padding, order of summation), so
 # releases differ by the influence of one unit and that rounding. Whatever exceeds this is no rounding.
@@ -125,10 +125,15 @@ class _Recorded:
         self._note(request)
         return self._inner(request, clients, rng)
 
-    def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
+    def reports(self, request: Request, sites: Sites) -> Iterator[Released]:
         """Noised replies of the inner exchange."""
         self._note(request)
         return self._inner.reports(request, sites)
+
+    def opened(self, request: Request, sites: Sites, members: Sequence[str], *, size: int) -> Tensor:
+        """Secure sum of the inner exchange."""
+        self._note(request)
+        return self._inner.opened(request, sites, members, size=size)
 
     def _note(self, request: Request) -> None:
         tensors = {"": request.adapter, "control of ": request.control}

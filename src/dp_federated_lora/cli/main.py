@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
-from dp_federated_lora.cli import accounts, bench
+from dp_federated_lora.cli import accounts, bench, network
 from dp_federated_lora.cli.terminal import AsJson, RunPath, print_json, show
 from dp_federated_lora.errors import DpflError, RunInterrupted
+
+NOISE_PRICE = {"local": "that of trust = central", "distributed": "what is counted on, if nobody drops out or colludes"}
 
 app = typer.Typer(
     help="Federated LoRA fine-tuning with differential privacy.",
@@ -20,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(accounts.app)
+app.add_typer(network.app)
 app.add_typer(bench.app, name="bench")
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; repeatable.")]
@@ -77,7 +80,7 @@ def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
             "rounds of a unit": participation_in_words(result.privacy),
             "expected cohort": f"{facts['expected_cohort']:g} {result.privacy.unit.value}s a round",
             "noise in a round's mean": f"norm {facts['noise_norm']:.4g}, beside a signal of at most {facts['clip_norm']:g}"
-            + (f"; {facts['noise_sources'] ** 0.5:.4g} times that of trust = central" if facts["trust"] == "local" else "")
+            + (f"; {facts['noise_price']:.4g} times {NOISE_PRICE[facts['trust']]}" if facts["noise_price"] > 1 else "")
             + (
                 f"; {facts['groups'] ** 0.5:.4g} times that of one sum, for {facts['groups']} groups"
                 if facts["groups"] > 1
@@ -106,7 +109,7 @@ def train(
     from dp_federated_lora.errors import ConfigError  # noqa: PLC0415
     from dp_federated_lora.lab import load_config  # noqa: PLC0415
     from dp_federated_lora.lab import train as train_run  # noqa: PLC0415
-    from dp_federated_lora.lab.planning import statement_json  # noqa: PLC0415
+    from dp_federated_lora.lab.statement import statement_json  # noqa: PLC0415
     from dp_federated_lora.monitoring.progress import ProgressBoard  # noqa: PLC0415
     from dp_federated_lora.monitoring.statement import statement_in_words  # noqa: PLC0415
 

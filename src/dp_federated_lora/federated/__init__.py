@@ -10,7 +10,8 @@ from dp_federated_lora.federated.checkpoint import (
 from dp_federated_lora.federated.client import Client, Purpose, Request, contributions, handle, report
 from dp_federated_lora.federated.defence import Defence
 from dp_federated_lora.federated.memory import ClientMemory
-from dp_federated_lora.federated.round import Exchange, RoundReport, Server
+from dp_federated_lora.federated.round import Exchange, RoundReport, Server, Sites
+from dp_federated_lora.federated.secure import noise_of, rotation_of, share, size_of, terms_of
 from dp_federated_lora.federated.stacked import Piece, pieces
 from dp_federated_lora.federated.staleness import SYNCHRONOUS, Delays
 
@@ -28,11 +29,17 @@ __all__ = (
     "RoundReport",
     "Server",
     "ServerState",
+    "Sites",
     "checkpoint_head",
     "contributions",
     "handle",
+    "noise_of",
     "pieces",
     "read_checkpoint",
     "report",
+    "rotation_of",
+    "share",
+    "size_of",
+    "terms_of",
     "write_checkpoint",
 )

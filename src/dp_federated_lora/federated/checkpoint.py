@@ -143,14 +143,19 @@ class RoundKeyFile:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def open_round(self, number: int, *, insecure_seed: int | None) -> SecureRandom:
+    def open_round(self, number: int, *, insecure_seed: int | None, attempt: int = 0) -> SecureRandom:
         """The stream of round `number`: the one of an interrupted attempt if its key is here, else a fresh one, saved.
+
+        Args:
+            number: of the round.
+            insecure_seed: instead of entropy.
+            attempt: how many secure sums were aborted before, which a seed cannot know.
 
         Raises:
             StorageError: if the key cannot be saved.
         """
         if insecure_seed is not None:
-            return SecureRandom.insecure_from(insecure_seed).derive("round", number)
+            return SecureRandom.insecure_from(insecure_seed).derive("round", number, *([attempt] if attempt else []))
         try:
             label, _, key = self._path.read_bytes().partition(b"\n")
             if label == str(number).encode() and len(key) == SecureRandom.KEY_BYTES:

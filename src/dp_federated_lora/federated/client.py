@@ -171,7 +171,7 @@ def handle(
     Client unit: local steps, then the whole update is clipped. Example unit: the client tosses a secret coin for
     each of its examples and sums their clipped gradients; an empty sample gives the zero sum, like any other. With a centre
     it is the difference from it that is clipped (Karimireddy et al. 2021, arXiv 2012.10333, in one step and at the client). Under
-    trust = "local" nobody else may learn whether a client takes part, so in the client unit, too, the coin is its own.
+    other trust than "central" nobody else may learn whether a client takes part: in the client unit, too, its coin is its own.
     Of the components beyond its rank a client has zeros; they have no gradient, and its contribution is zero there.
 
     Args:
@@ -220,7 +220,10 @@ def contributions(
         yield from example_gradients(learner, trained, *client.sample(request, rng), share=share)
         return
     local = client.local_in(request.round)
-    if plan.trust is Trust.LOCAL and not plan.draw(range(1), rng.derive("sample"), number=request.round, tier=client.tier).size:
+    if (
+        plan.trust is not Trust.CENTRAL
+        and not plan.draw(range(1), rng.derive("sample"), number=request.round, tier=client.tier).size
+    ):
         return
     change = local_change(request, client, learner, local, batch_stream(rng))
     yield change[None], [UnitId(client.name)]
@@ -247,7 +250,7 @@ def report(request: Request, client: Client, learner: Learner, permit: Permit, r
     total = handle(request, client, learner, rng)
     evaluation = client.plan.evaluation if request.purpose is Purpose.EVALUATION else None
     if evaluation is not None:
-        return evaluation.mechanism.release(total, charged=evaluation.event, permit=permit, rng=rng)
+        return evaluation.release(total, permit=permit, rng=rng)
     released = client.plan.release(total, {}, permit=permit, rng=rng)[0]
     if client.rank is None:
         return released

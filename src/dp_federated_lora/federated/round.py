@@ -24,6 +24,7 @@ from dp_federated_lora.errors import BudgetExhausted, IncompatiblePlan, PrivacyE
 from dp_federated_lora.federated.checkpoint import ServerState
 from dp_federated_lora.federated.client import Purpose, Request
 from dp_federated_lora.federated.defence import UNDEFENDED, Defence, total
+from dp_federated_lora.federated.secure import noise_of, rotation_of
 from dp_federated_lora.federated.staleness import SYNCHRONOUS, Delays
 from dp_federated_lora.lora import AdaptedModel, Factor
 from dp_federated_lora.privacy import (
@@ -37,11 +38,16 @@ from dp_federated_lora.privacy import (
     SecureRandom,
     Trust,
 )
+from dp_federated_lora.secagg import SharedNoise
 from dp_federated_lora.training import LocalSteps
 from dp_federated_lora.vector import Layout
 
 Requests = Sequence[tuple[Request, Sequence[int]]]
 """Who is sent what: a request and the positions of its clients, everybody in one of them."""
+
+
+Sites = Mapping[str, tuple[Permit, SecureRandom]]
+"""Clients that add noise themselves, by name: a permit of each for its release, and the stream of its noise."""
 
 
 class Exchange(Protocol):
@@ -54,8 +60,15 @@ class Exchange(Protocol):
     def __call__(self, request: Request, clients: Sequence[int], rng: SecureRandom) -> Iterator[BoundedSum]:
         """Replies of the clients at these positions; a client that drops out is left out."""
 
-    def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
+    def reports(self, request: Request, sites: Sites) -> Iterator[Released]:
         """Replies of the clients named in `sites`, in that order, with noise of their own for that permit from that stream."""
+
+    def opened(self, request: Request, sites: Sites, members: Sequence[str], *, size: int) -> Tensor:
+        """The secure sum of some `members`, of `size` coordinates each, with a share of noise from each: integers `(d,)`.
+
+        Raises:
+            SecureSumAborted: if it cannot be opened; then nothing was.
+        """
 
 
 @final
@@ -174,13 +187,15 @@ class Server:
         return self.defence.price * self.plan.noise_norm(size, clip_norm, number=number)
 
     def bytes_per_client(self, number: int) -> int:
-        """Float32 bytes to a client of the largest rank, of what such a round changes, and back, of what is sent."""
+        """Bytes to a client of the largest rank, float32 of what such a round changes, and back, of what is sent."""
         sent = down = self.layout_in(number).size
         if self.method.factors_in(number) != HEAD_ALONE:
             down = (sent if self.method.settle is None else self.layout.size) + self.settled
         controlled = self.local is not None and self.local.control
         beside = sent * (self.defence.around_aggregate + controlled)
-        return 4 * (down + beside + self.method.sketch.size(sent))
+        up = self.method.sketch.size(sent)
+        noise = self.plan.mechanism
+        return 4 * (down + beside) + (noise.bytes_of(up) if isinstance(noise, SharedNoise) else 4 * up)
 
     def reserve(self, state: ServerState, ledger: Ledger, key: SecureRandom) -> Permit:
         """Charge the next round, durably, before any message is sent.
@@ -222,6 +237,10 @@ class Server:
         parts: Iterable[Released]
         if plan.trust is Trust.LOCAL:
             parts = self._reported(requests, permit, exchange, key, size=size)
+        elif plan.trust is Trust.DISTRIBUTED:
+            (request, _), *_ = requests
+            bound = plan.sensitivity(clip_norm)
+            parts = self._opened(request, permit, exchange, key, size=size, bound=bound, defence=defence)
         else:
             sums = self._collected(requests, exchange, key, size=size, bound=plan.sensitivity(clip_norm), defence=defence)
             released, noise = plan.release(sums, noise, permit=permit, rng=key)
@@ -293,8 +312,11 @@ class Server:
             return evaluation.metrics(
                 total(self._reported(everybody, permit, exchange, key, size=evaluation.SIZE), evaluation.SIZE)
             )
+        if self.plan.trust is Trust.DISTRIBUTED:
+            sums = self._opened(request, permit, exchange, key, size=evaluation.SIZE, bound=evaluation.BOUND, defence=UNDEFENDED)
+            return evaluation.metrics(total(sums, evaluation.SIZE))
         scores = self._collected(everybody, exchange, key, size=evaluation.SIZE, bound=evaluation.BOUND, defence=UNDEFENDED)
-        released = evaluation.mechanism.release(scores, charged=evaluation.event, permit=permit, rng=key)
+        released = evaluation.release(scores, permit=permit, rng=key)
         return evaluation.metrics(released.value)
 
     def _collected(
@@ -316,14 +338,37 @@ class Server:
         self, requests: Requests, permit: Permit, exchange: Exchange, key: SecureRandom, *, size: int
     ) -> Iterator[Released]:
         """What all participants send with noise of their own (trust = "local"), each `(size,)`, request by request."""
-        if len(exchange.names) != self.plan.sites:
-            raise PrivacyError(f"{len(exchange.names)} participants, but the plan says {self.plan.sites}; nothing was sent")
-        names, sites = exchange.names, permit.divide(key, exchange.names)
+        names, sites = exchange.names, self._sites(permit, exchange, key)
         replies = (exchange.reports(request, {names[i]: sites[names[i]] for i in clients}) for request, clients in requests)
         for reply in chain.from_iterable(replies):
             if reply.value.shape != (size,):
                 raise PrivacyError(f"a report of shape {tuple(reply.value.shape)} cannot enter a sum of {size} coordinates")
             yield reply
+
+    def _opened(
+        self,
+        request: Request,
+        permit: Permit,
+        exchange: Exchange,
+        key: SecureRandom,
+        *,
+        size: int,
+        bound: float,
+        defence: Defence,
+    ) -> Iterator[Released]:
+        """Secure sums `(size,)` over each of g groups (trust = "distributed"), noise included."""
+        names, sites = exchange.names, self._sites(permit, exchange, key)
+        noise, _ = noise_of(self.plan, request.purpose)
+        for members in defence.deal(range(len(names)), len(names), key.derive("groups")):
+            integers = exchange.opened(request, sites, [names[i] for i in sorted(members)], size=size)
+            rotation = rotation_of(request)
+            yield noise.opened(integers, size=size, clip_norm=bound, rotation=rotation, insecure=key.insecure)
+
+    def _sites(self, permit: Permit, exchange: Exchange, key: SecureRandom) -> Sites:
+        """What each participant adds noise with, where all do."""
+        if len(exchange.names) != self.plan.sites:
+            raise PrivacyError(f"{len(exchange.names)} participants, but the plan says {self.plan.sites}; nothing was sent")
+        return permit.divide(key, exchange.names)
 
     def report(
         self, state: ServerState, ledger: Ledger, *, update_norm: float, clip_norm: float, scores: Mapping[str, float]

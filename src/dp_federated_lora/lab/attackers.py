@@ -19,10 +19,23 @@ from torch import Tensor
 from dp_federated_lora.audit import byzantine
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import AuditError
-from dp_federated_lora.federated import SYNCHRONOUS, Client, Exchange, Purpose, Request, Server, contributions, report
+from dp_federated_lora.federated import (
+    SYNCHRONOUS,
+    Client,
+    Exchange,
+    Purpose,
+    Request,
+    Server,
+    Sites,
+    contributions,
+    noise_of,
+    report,
+    rotation_of,
+    share,
+)
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.workbench import Workbench, privacy_plan
-from dp_federated_lora.privacy import BoundedSum, Ledger, Permit, Released, SecureRandom, UnitId
+from dp_federated_lora.privacy import BoundedSum, Ledger, Released, SecureRandom, UnitId
 from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.training import evaluate_model, example_scores
 from dp_federated_lora.vector import Layout
@@ -124,7 +137,7 @@ class _Lying:
             if index in liars:
                 yield self._lie(request, index, rng.derive)
 
-    def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
+    def reports(self, request: Request, sites: Sites) -> Iterator[Released]:
         """Noised replies: a liar's noise is as it should be, so that its report looks like the others."""
         for index, client in enumerate(self._inner.clients):
             permit, rng = sites[client.name]
@@ -133,6 +146,23 @@ class _Lying:
                 yield client.plan.release(lie, {}, permit=permit, rng=rng)[0]
             else:
                 yield report(request, client, self._inner.learner, permit, rng)
+
+    def opened(self, request: Request, sites: Sites, members: Sequence[str], *, size: int) -> Tensor:
+        """A secure sum into which liars put their lie, clipped and with the noise that they should add."""
+        clients = {client.name: (index, client) for index, client in enumerate(self._inner.clients)}
+
+        def contributions(_: bytes, names: Sequence[str]) -> Iterator[Tensor]:
+            for name in names:
+                (index, client), (permit, rng) = clients[name], sites[name]
+                if request.purpose is Purpose.TRAINING and index in self._liars:
+                    lie = self._lie(request, index, lambda name: sites[name][1])
+                    noise, charged = noise_of(client.plan, request.purpose)
+                    yield noise.release(lie, charged=charged, permit=permit, rng=rng, rotation=rotation_of(request))
+                else:
+                    yield share(request, client, self._inner.learner, permit=permit, rng=rng)
+
+        streams = {name: sites[name][1] for name in members}
+        return self._inner.secure_sums.open(request, self._server.plan, streams, contributions, size=size)
 
     def _lie(self, request: Request, index: int, stream: Callable[[str], SecureRandom]) -> BoundedSum:
         client = self._inner.clients[index]

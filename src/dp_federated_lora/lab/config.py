@@ -27,6 +27,7 @@ from dp_federated_lora.lab.sections import (
     RobustSection,
     RunSection,
     Section,
+    SecureSumSection,
     TrainingSection,
 )
 from dp_federated_lora.lab.stateful import state_problems
@@ -56,6 +57,7 @@ class Config(Section):
     federation: FederationSection
     privacy: PrivacySection
     method: MethodSection = MethodSection()
+    secure_sum: SecureSumSection | None = None
     compression: CompressionSection | None = None
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection | None = None
@@ -114,7 +116,7 @@ class Config(Section):
 
     def _gathered_problems(self, reason: str) -> list[str]:
         privacy, problems = self.privacy, []
-        if privacy.trust == "central":
+        if privacy.trust != "local":
             problems.append(
                 f"method.name: {self.method.name} {reason}, so its contribution is no sum, which central noise and secure "
                 'aggregation protect alone; use trust = "local", where every participant noises its own, or "ffa" or "fedavg"'
@@ -142,11 +144,11 @@ class Config(Section):
                 "sampling_rate = 1.0"
             )
         changing = privacy.clip_quantile is not None or self.training.head_rounds or self.method.name in ("rolora", "fedpower")
-        if changing or privacy.groups or privacy.trust == "local" or self.compression:
+        if changing or privacy.groups or privacy.trust != "central" or self.compression:
             problems.append(
                 "privacy.correlated: cannot be combined with clip_quantile, groups, training.head_rounds, [compression], method "
-                '"rolora" or "fedpower", or trust = "local": noise cancels only between sums of one clip norm, the same for all, '
-                "and one set of parameters"
+                '"rolora" or "fedpower", or another trust than "central": noise cancels only between sums of one clip norm, the '
+                "same for all, and one set of parameters"
             )
         return problems
 
@@ -246,7 +248,8 @@ class Config(Section):
                 f'method.name: "{self.method.name}" gives factors other coordinates after each round, so no memory of earlier '
                 'steps fits; use server_optimizer = "sgd" without server_momentum'
             )
-        return problems + (self._staleness_problems() if federation.max_staleness else [])
+        problems += self._staleness_problems() if federation.max_staleness else []
+        return problems + self._secure_sum_problems()
 
     def _sending_problems(self) -> list[str]:
         problems, power = [], self.method.name == "fedpower"
@@ -265,6 +268,30 @@ class Config(Section):
             problems.append(
                 "compression: a sketch mixes coordinates, anew in each round, and only a sum can be decoded; remove [robust], "
                 f"federation.ranks and training.local_control, and use one of {', '.join(LINEAR)}"
+            )
+        return problems
+
+    def _secure_sum_problems(self) -> list[str]:
+        privacy, federation, problems = self.privacy, self.federation, []
+        if privacy.trust != "distributed":
+            if self.secure_sum or federation.dropout_rate:
+                problems.append('secure_sum, federation.dropout_rate: belong to privacy.trust = "distributed"; remove them')
+            return problems
+        if privacy.groups or federation.max_staleness:
+            problems.append(
+                'privacy.groups, federation.max_staleness: with trust = "distributed" all of a sum have one clip norm and one '
+                "adapter to start from; remove them"
+            )
+        if self.run.stack_tokens:
+            problems.append('run.stack_tokens: with trust = "distributed" each participant is computed alone; remove it')
+        section, members = self.secure_sums, self.members_of_a_sum
+        fewest = members - int(section.dropouts * members)
+        opening = (members + section.colluders) // 2 + 1
+        if fewest < max(opening, section.colluders + 2):
+            problems.append(
+                f"secure_sum: of {members} participants in a sum {fewest} are certain, and {section.colluders} may collude: at "
+                f"least {max(opening, section.colluders + 2)} must be: raise federation.clients, or lower dropouts, colluders "
+                "or robust.groups"
             )
         return problems
 
@@ -311,6 +338,16 @@ class Config(Section):
         return problems
 
     @property
+    def secure_sums(self) -> SecureSumSection:
+        """[secure_sum], or its defaults."""
+        return self.secure_sum or SecureSumSection()
+
+    @property
+    def members_of_a_sum(self) -> int:
+        """How many participants a secure sum has: those of a group, where a robust rule looks at groups."""
+        return self.federation.clients // ((self.robust and self.robust.groups) or 1)
+
+    @property
     def population(self) -> int:
         """Declared, public number of privacy units."""
         return self.privacy.population or self.federation.clients
@@ -340,14 +377,23 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}; `dpfl init` writes one") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    return parse_config_text(text, where=str(path), overrides=overrides)
+
+
+def parse_config_text(text: str, *, where: str, overrides: Sequence[str] = ()) -> Config:
+    """As `load_config`, of a configuration as text; errors name `where`."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where} is not valid TOML: {error}") from error
     for override in overrides:
         _apply(raw, override)
-    return parse_config(raw, where=str(path))
+    return parse_config(raw, where=where)
 
 
 def parse_config(raw: dict[str, Any], *, where: str) -> Config:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
 from dp_federated_lora.lab.config import Config
-from dp_federated_lora.lab.shuffling import shuffled_gaussian_epsilon
-from dp_federated_lora.lab.workbench import Workbench, defence_notes, participant_names, privacy_plan, unit_notes
-from dp_federated_lora.privacy import PrivacyPlan, Spend, StatementRow, state_privacy
+from dp_federated_lora.lab.statement import statement_at, statement_json
+from dp_federated_lora.lab.workbench import Workbench, participant_names, privacy_plan
+from dp_federated_lora.monitoring.statement import StatementRow
+from dp_federated_lora.privacy import PrivacyPlan, Spend
 
 
 @final
@@ -49,6 +50,7 @@ class RunPlan:
             "clip_norm": self.privacy.clip_norm,
             "trust": self.privacy.trust.value,
             "noise_sources": self.privacy.sites,
+            "noise_price": self.privacy.noise_price,
             "groups": self.groups,
             "mean_weight": self.mean_weight,
             "trainable_parameters": self.trainable_parameters,
@@ -68,37 +70,6 @@ def participation_in_words(plan: PrivacyPlan) -> str:
     """The same for people."""
     facts = participation_json(plan)
     return f"at most {facts['participations']:,}" + (f", {facts['separation']:,} apart" if facts["separation"] > 1 else "")
-
-
-def statement_json(statement: tuple[StatementRow, ...]) -> list[dict[str, Any]]:
-    """The statement as plain objects; epsilon null means no guarantee."""
-    return [asdict(row) | {"assumptions": list(row.assumptions)} for row in statement]
-
-
-def statement_at(config: Config, plan: PrivacyPlan, spend: Spend) -> tuple[StatementRow, ...]:
-    """The statement of a run of this configuration and plan that has spent `spend`."""
-    notes = unit_notes(config) + defence_notes(config)
-    rows = state_privacy(plan, spend=spend, insecure=config.run.insecure_seed is not None, notes=notes)
-    return (*rows, _behind_the_shuffler(rows[0], plan, spend)) if config.privacy.shuffler else rows
-
-
-def _behind_the_shuffler(row: StatementRow, plan: PrivacyPlan, spend: Spend) -> StatementRow:
-    """What `row` becomes where the server gets the reports from a shuffler; charges do not count on it, as it sees names."""
-    mixed_by = (
-        f"a shuffler that helps nobody passes on all {plan.sites} reports of a round, without names and mixed, and no "
-        "participant tells which one is its own"
-    )
-    epsilon = row.epsilon
-    if epsilon is not None:
-        mixed = shuffled_gaussian_epsilon(
-            reports=plan.sites,
-            noise_multiplier=plan.mechanism.noise_multiplier,
-            sampling_rate=plan.sampler.sampling_rate,
-            rounds=max(spend.charges, plan.rounds),
-            delta=spend.delta,
-        )
-        epsilon = min(epsilon, mixed)
-    return replace(row, adversary="the server behind the shuffler", epsilon=epsilon, assumptions=(*row.assumptions, mixed_by))
 
 
 def plan_run(config: Config) -> RunPlan:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from dp_federated_lora.data import Examples
-from dp_federated_lora.errors import BudgetExhausted, CheckpointError, ConfigError, RunInterrupted
+from dp_federated_lora.errors import BudgetExhausted, CheckpointError, ConfigError, RunInterrupted, SecureSumAborted
 from dp_federated_lora.federated import (
     ClientMemory,
     Exchange,
@@ -29,17 +29,25 @@ from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.ledgers import LifetimeBudgets
 from dp_federated_lora.lab.personal import SHARED_PART
-from dp_federated_lora.lab.planning import participation_in_words, participation_json, statement_at, statement_json
+from dp_federated_lora.lab.planning import participation_in_words, participation_json
+from dp_federated_lora.lab.statement import statement_at, statement_json
 from dp_federated_lora.lab.stopping import reason_to_stop
 from dp_federated_lora.lab.workbench import Workbench, data_id, defence_in_words, participant_tiers, privacy_plan
 from dp_federated_lora.monitoring.log import open_log
 from dp_federated_lora.monitoring.metrics import MetricsFile, read_metrics
 from dp_federated_lora.monitoring.report import TRAINED_SHARE, AuditFigures, render_report
-from dp_federated_lora.privacy import DpEvent, Ledger, PrivacyPlan, SecureRandom, Spend, StatementRow, Trust
+from dp_federated_lora.monitoring.statement import StatementRow
+from dp_federated_lora.privacy import DpEvent, Ledger, PrivacyPlan, SecureRandom, Spend, Trust
 from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.training import evaluate_model
 
 OWNER: Final = "all participants of this run"
+
+NOISE_ADDED_BY: Final = {
+    Trust.CENTRAL: "the server",
+    Trust.LOCAL: "each of {:,} participants",
+    Trust.DISTRIBUTED: "{:,} participants, in shares under secure aggregation",
+}
 
 OnRound = Callable[[RoundReport], None]
 OnPhase = Callable[[str, float], None]
@@ -115,6 +123,7 @@ class Run:
         on_round: as `train`.
         on_phase: as `train`.
         instrument: wraps the engine and the server before the first round.
+        exchange: of participants elsewhere; left out, all are simulated here.
         bench: the configuration's model at its start, where it is loaded already.
     """
 
@@ -125,6 +134,7 @@ class Run:
         on_round: OnRound | None = None,
         on_phase: OnPhase | None = None,
         instrument: Instrument = lambda exchange, server: (exchange, server),
+        exchange: Exchange | None = None,
         bench: Workbench | None = None,
     ) -> None:
         self._directory = directory
@@ -137,7 +147,7 @@ class Run:
         self._plan: PrivacyPlan = privacy_plan(config)
         self._bench = bench or Workbench.of(config)
         self._memory = ClientMemory(directory.clients)
-        clients = self._bench.clients(self._plan, self._memory)
+        clients = [] if exchange else self._bench.clients(self._plan, self._memory)
         self._keepers = [client.name for client in clients if client.keeps_state]
         identity = f"{config.content_id}{self._plan.content_id}{data_id(clients)}"  # another library may plan otherwise
         self._run_id = hashlib.sha256(identity.encode()).hexdigest()
@@ -145,11 +155,17 @@ class Run:
         sets = [examples for client in clients for examples in (client.examples, client.held_out)]
         self._prepare(sets if self._probe is None else [*sets, self._probe])
         server, self._state = self._bench.server(self._plan)
-        simulator = Simulator(clients, self._bench.learner, stack_tokens=self._bench.config.run.stack_tokens)
-        self._exchange, self._server = instrument(simulator, server)
+        exchange = exchange or Simulator(
+            clients,
+            self._bench.learner,
+            stack_tokens=config.run.stack_tokens,
+            dropout_rate=config.federation.dropout_rate,
+        )
+        self._exchange, self._server = instrument(exchange, server)
         self._ledger = Ledger.open(directory.ledger, budget=self._plan.budget, owner=OWNER)
         self._lifetime = LifetimeBudgets.open(config)
         self._stopped: str | None = None
+        self._aborted = 0
         self._reports: list[RoundReport] = []
         self._recover()
 
@@ -212,6 +228,10 @@ class Run:
                     break
                 try:
                     self._round()
+                except SecureSumAborted as error:  # its charge stays, and the round is begun anew with another
+                    self._keys.destroy()
+                    self._aborted += 1
+                    self._log.warning("secure sum aborted", round=self._state.round + 1, reason=str(error))
                 except BudgetExhausted as error:
                     if self._state.round == 0:
                         raise  # nothing was released: there is no result to write
@@ -225,7 +245,7 @@ class Run:
 
     def _round(self) -> None:
         number = self._state.round + 1
-        key = self._keys.open_round(number, insecure_seed=self._config.run.insecure_seed)
+        key = self._keys.open_round(number, insecure_seed=self._config.run.insecure_seed, attempt=self._aborted)
         by_tier = [self._plan.event_of(tier) for tier in self._plan.tiers] or [self._plan.event_in(number)]
         events = [by_tier[tier] for tier in participant_tiers(self._config)]
         self._charge_lifetimes(events, Purpose.TRAINING, number, key)
@@ -310,7 +330,7 @@ class Run:
                 "Participants": f"{config.federation.clients:,} ({config.federation.partition})",
                 **({"Delay of participants": f"0 to {delay} server steps"} if (delay := config.federation.max_staleness) else {}),
                 "Noise multiplier": f"{plan.mechanism.noise_multiplier:.4f}",
-                "Noise added by": f"each of {plan.sites:,} participants" if plan.trust is Trust.LOCAL else "the server",
+                "Noise added by": NOISE_ADDED_BY[plan.trust].format(plan.sites),
                 **({"Against liars": defence_in_words(config)} if config.robust else {}),
                 "Sampling rate": f"{plan.sampler.sampling_rate:g}",
                 "Clip norm": f"{plan.clip_norm:g}",

@@ -91,7 +91,8 @@ class FederationSection(Section):
     """[federation]: how one table becomes participants in a simulation.
 
     `partition` is "iid", "dirichlet" (label proportions ~ Dirichlet(`alpha`)) or "column" (one client per distinct value of
-    `columns`, joined); `clients` is public. With `max_staleness` rounds are asynchronous: a participant works on an adapter 0
+    `columns`, joined); `clients` is public. `dropout_rate` is the chance that a participant falls silent at some step of a secure
+    sum. With `max_staleness` rounds are asynchronous: a participant works on an adapter 0
     to so many server steps old, by a public draw from its name and `run.seed`; the older, the less its contribution weighs.
     `ranks` are for participants of little memory or bandwidth, who get, train and send the first components of each pair only;
     the largest is lora.rank.
@@ -100,6 +101,7 @@ class FederationSection(Section):
     clients: Count
     partition: Literal["iid", "dirichlet", "column"] = "iid"
     alpha: Positive = 0.3
+    dropout_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
     columns: Annotated[tuple[str, ...], Field(strict=False)] = ()
     max_staleness: Annotated[int, Field(ge=0)] = 0
     ranks: Annotated[tuple[RankSection, ...], Field(strict=False)] = ()
@@ -142,10 +144,12 @@ class PrivacySection(Section):
     `trust` says who adds noise: the server on the sum ("central"), or every participant on what it sends ("local"), which holds
     against the server too; the noise of a step is then sqrt(federation.clients) times as large. `shuffler` declares that somebody
     else mixes the reports before the server gets them: the statement then has a row for that. It changes no noise and no charge.
+    With "distributed" every participant adds a share of the noise, and secure aggregation shows sums alone ([secure_sum]): that
+    holds against the server, and the noise of a step is little larger than with "central".
     """
 
     unit: Literal["example", "client"]
-    trust: Literal["central", "local"] = "central"
+    trust: Literal["central", "local", "distributed"] = "central"
     epsilon: Positive
     delta: Annotated[float, Field(gt=0, lt=1)] = MAX_DELTA
     clip_norm: Positive = 1.0
@@ -158,6 +162,19 @@ class PrivacySection(Section):
     personalisation: Literal["sample", "scale"] = "sample"
     correlated: CorrelatedSection | None = None
     allow_weak_privacy: bool = False
+
+
+class SecureSumSection(Section):
+    """[secure_sum]: sums under trust = "distributed"; docs/secure-aggregation.md has the protocol.
+
+    Noise is sized for a sum that `dropouts` of its participants (a share) never finish and in which `colluders` (a number) tell
+    the server their noise or add none; with fewer who finish, nothing is opened and the charge stays. Sums are modulo 2^`bits`.
+    """
+
+    dropouts: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    colluders: Annotated[int, Field(ge=0)] = 1
+    bits: Annotated[int, Field(ge=8, le=32)] = 24
+    noise: Literal["skellam", "discrete gaussian"] = "skellam"
 
 
 class MethodSection(Section):

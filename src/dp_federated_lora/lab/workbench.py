@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast, final
@@ -30,6 +30,7 @@ from dp_federated_lora.data import (
 )
 from dp_federated_lora.errors import AggregationError, ConfigError, IncompatiblePlan
 from dp_federated_lora.federated import Client, ClientMemory, Defence, Delays, Server, ServerState
+from dp_federated_lora.lab.budgets import Personalisation, personal_tiers
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.factorisation import optimise_bands, optimise_buffers
 from dp_federated_lora.lora import AdaptedModel, Classifier, Factor, Task, adapt, load_backbone, vision_of
@@ -37,13 +38,14 @@ from dp_federated_lora.privacy import (
     AdaptiveClip,
     Budget,
     Correlation,
-    Personalisation,
     PrivacyPlan,
     PrivacyUnit,
     PrivateEvaluation,
+    Tier,
     Trust,
     calibrate_noise_multiplier,
 )
+from dp_federated_lora.secagg import SharedNoise
 from dp_federated_lora.training import Learner, LocalSteps
 
 LABEL_WEIGHT: Final = 8.0
@@ -56,7 +58,7 @@ def privacy_plan(config: Config) -> PrivacyPlan:
     return PrivacyPlan.calibrated(
         unit=PrivacyUnit(privacy.unit),
         trust=Trust(privacy.trust),
-        sites=config.federation.clients if privacy.trust == "local" else 1,
+        sites=1 if privacy.trust == "central" else config.federation.clients,
         budget=Budget(epsilon=privacy.epsilon, delta=privacy.delta),
         population=config.population,
         sampling_rate=privacy.sampling_rate,
@@ -64,9 +66,21 @@ def privacy_plan(config: Config) -> PrivacyPlan:
         clip_norm=privacy.clip_norm,
         adaptive_clip=_adaptive_clip(config),
         evaluation=_private_evaluation(config),
-        groups=[(Budget(group.epsilon, privacy.delta), group.population or group.clients) for group in privacy.groups],
-        personalisation=Personalisation(privacy.personalisation),
+        groups=_groups(config),
         correlation=_correlation(config),
+        shares=_noise_shares(config),
+    )
+
+
+def _groups(config: Config) -> tuple[float, tuple[Tier, ...]] | None:
+    privacy = config.privacy
+    if not privacy.groups:
+        return None
+    return personal_tiers(
+        [(Budget(group.epsilon, privacy.delta), group.population or group.clients) for group in privacy.groups],
+        variant=Personalisation(privacy.personalisation),
+        sampling_rate=privacy.sampling_rate,
+        rounds=privacy.rounds,
     )
 
 
@@ -86,8 +100,29 @@ def _private_evaluation(config: Config) -> PrivateEvaluation | None:
     if section is None:
         return None
     times = privacy.rounds // section.every
-    z = calibrate_noise_multiplier(epsilon=section.epsilon, delta=privacy.delta, sampling_rate=1.0, rounds=times)
-    return PrivateEvaluation(noise_multiplier=z, every=section.every, loss_cap=section.loss_cap)
+    shares = _noise_shares(config)
+    z = calibrate_noise_multiplier(
+        epsilon=section.epsilon, delta=privacy.delta, sampling_rate=1.0, rounds=times, shared=shares is not None
+    )
+    return PrivateEvaluation(
+        noise_multiplier=z, every=section.every, loss_cap=section.loss_cap, shares=None if shares is None else shares(z)
+    )
+
+
+def _noise_shares(config: Config) -> Callable[[float], SharedNoise] | None:
+    """What makes noise of a multiplier out of participants' shares, under trust = "distributed"."""
+    if config.privacy.trust != "distributed":
+        return None
+    section, members = config.secure_sums, config.members_of_a_sum
+    return lambda z: SharedNoise(
+        noise_multiplier=z,
+        noise=section.noise,
+        bits=section.bits,
+        max_cohort=members,
+        min_cohort=members - int(section.dropouts * members),
+        colluders=section.colluders,
+        units=config.population if config.privacy.unit == "example" else None,
+    )
 
 
 def _correlation(config: Config) -> tuple[Correlation, int] | None:
@@ -348,18 +383,21 @@ class Workbench:
             parts = dirichlet(whole.labels or (), federation.clients, federation.alpha, self.config.run.seed)
         else:
             parts = iid(len(table), federation.clients, self.config.run.seed)
-        clients = []
-        tiers, ranks = participant_tiers(self.config), participant_ranks(self.config)
-        for number, (name, part) in enumerate(zip(participant_names(self.config), parts, strict=True)):
-            examples, evaluation = self.tokenize(_rows(table, part)), self.config.evaluation
-            # Not all from 0: where units take turns by number, those of small participants would all have the same ones.
-            examples = replace(examples, units=tuple(range(number, number + len(examples))))
-            rest, held_out = examples, examples.subset(())
-            if evaluation is not None:
-                rest, held_out = examples.split(evaluation.holdout, self.config.run.seed)
-            local, rank = local_steps(self.config), ranks[number] if ranks else None
-            clients.append(Client(name, rest, plan, self.method, local, held_out, tiers[number], rank, memory))
-        return clients
+        names = participant_names(self.config)
+        members = enumerate(zip(names, parts, strict=True))
+        return [self.client(plan, name, number, _rows(table, part), memory) for number, (name, part) in members]
+
+    def client(self, plan: PrivacyPlan, name: str, number: int, table: Table, memory: ClientMemory | None = None) -> Client:
+        """Participant `number`, from 0 on, with its own `table`."""
+        examples, evaluation = self.tokenize(table), self.config.evaluation
+        # Not all from 0: where units take turns by number, those of small participants would all have the same ones.
+        examples = replace(examples, units=tuple(range(number, number + len(examples))))
+        rest, held_out = examples, examples.subset(())
+        if evaluation is not None:
+            rest, held_out = examples.split(evaluation.holdout, self.config.run.seed)
+        tier, ranks = participant_tiers(self.config)[number], participant_ranks(self.config)
+        rank = ranks[number] if ranks else None
+        return Client(name, rest, plan, self.method, local_steps(self.config), held_out, tier, rank, memory)
 
     def test_examples(self, source: str | None = None, *, limit: int | None = None) -> Examples | None:
         """Declared-public test examples, the first `limit` of an even spread; None where none are configured."""

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, final
 
 from dp_federated_lora.monitoring.charts import Series, line_chart
-from dp_federated_lora.monitoring.statement import NO_STATEMENT, NOT_PRIVATE, guarantee, row_in_words
+from dp_federated_lora.monitoring.statement import NO_STATEMENT, NOT_PRIVATE, StatementRow, guarantee, row_in_words
 from dp_federated_lora.monitoring.style import STYLE_SHEET
 from dp_federated_lora.monitoring.wording import (
     escaped,
@@ -23,7 +23,6 @@ from dp_federated_lora.monitoring.wording import (
 
 if TYPE_CHECKING:
     from dp_federated_lora.federated.round import RoundReport
-    from dp_federated_lora.privacy import StatementRow
 
 TRAINED_SHARE: Final = "trained share"
 """The key of `facts` that the headline shows."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import Final, final
 
 from dp_federated_lora.monitoring.wording import one_in, rounded_up
-
-if TYPE_CHECKING:
-    from dp_federated_lora.privacy import StatementRow
 
 NOT_PRIVATE: Final = "NOT PRIVATE: noise came from a fixed seed"
 """The banner of every output of a run with seeded noise."""
@@ -27,6 +25,28 @@ _UNITS: Final = {
 }
 _WEAK_EPSILON: Final = 10.0
 _LARGEST_FACTOR: Final = 1e6
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatementRow:
+    """What one adversary can learn.
+
+    Args:
+        adversary: who observes.
+        unit: the protected unit.
+        relation: the neighbouring relation.
+        epsilon: pessimistic bound of what was executed; None means that nothing is guaranteed.
+        delta: the same.
+        assumptions: what the row rests on.
+    """
+
+    adversary: str
+    unit: str
+    relation: str
+    epsilon: float | None
+    delta: float | None
+    assumptions: tuple[str, ...]
 
 
 def guarantee(row: StatementRow) -> tuple[float, float] | None:

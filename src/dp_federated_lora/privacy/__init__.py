@@ -4,6 +4,7 @@ from dp_federated_lora.privacy.accounting import (
     Composition,
     DpEvent,
     calibrate_noise_multiplier,
+    calibrate_sampling_rate,
     epsilon_rdp,
     event_from_json,
     event_to_json,
@@ -14,11 +15,11 @@ from dp_federated_lora.privacy.correlated import CorrelatedGaussian, Correlation
 from dp_federated_lora.privacy.evaluation import PrivateEvaluation
 from dp_federated_lora.privacy.filters import RenyiFilter
 from dp_federated_lora.privacy.ledger import Budget, Ledger, Scope, Spend
-from dp_federated_lora.privacy.mechanisms import GaussianMechanism
+from dp_federated_lora.privacy.mechanisms import GaussianMechanism, NoiseShares
 from dp_federated_lora.privacy.participation import Participation
 from dp_federated_lora.privacy.permits import Permit
-from dp_federated_lora.privacy.personal import Personalisation, Tier, personal_tiers
-from dp_federated_lora.privacy.plan import PrivacyPlan, PrivacyUnit, StatementRow, Trust, state_privacy
+from dp_federated_lora.privacy.personal import Tier
+from dp_federated_lora.privacy.plan import PrivacyPlan, PrivacyUnit, Trust
 from dp_federated_lora.privacy.rng import SecureRandom
 from dp_federated_lora.privacy.sampling import CyclicPoissonSampler, FixedSizeSampler, PoissonSampler, TruncatedPoissonSampler
 from dp_federated_lora.storage import LedgerRow
@@ -37,10 +38,10 @@ __all__ = (
     "GaussianMechanism",
     "Ledger",
     "LedgerRow",
+    "NoiseShares",
     "NoiseState",
     "Participation",
     "Permit",
-    "Personalisation",
     "PoissonSampler",
     "PrivacyPlan",
     "PrivacyUnit",
@@ -50,19 +51,17 @@ __all__ = (
     "Scope",
     "SecureRandom",
     "Spend",
-    "StatementRow",
     "Tier",
     "TruncatedPoissonSampler",
     "Trust",
     "UnitId",
     "calibrate_noise_multiplier",
+    "calibrate_sampling_rate",
     "clip_examples",
     "clip_to",
     "epsilon_rdp",
     "event_from_json",
     "event_to_json",
     "inverse",
-    "personal_tiers",
     "sensitivity",
-    "state_privacy",
 )

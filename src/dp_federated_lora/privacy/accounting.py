@@ -3,16 +3,19 @@
 Everything is for the add-or-remove-one relation, with which zero-out composes: for these events both have the same PLD.
 The exception is a cohort of fixed size: only a Renyi bound for replace-one is known for it, so it composes with nothing
 else. dp-accounting's accountants disagree about the sensitivity of replace-one (RDP keeps it, PLD doubles it); here the
-event of the sampler has it doubled.
+event of the sampler has it doubled. Of noise in shares only Renyi divergences are known, too, but for the common relation:
+whatever it is composed with is then counted by them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, final
 
+import numpy as np
 from dp_accounting import (
     DpEvent,
     GaussianDpEvent,
@@ -24,7 +27,8 @@ from dp_accounting import (
     TruncatedSubsampledGaussianDpEvent,
 )
 from dp_accounting.pld import privacy_loss_distribution
-from dp_accounting.rdp import RdpAccountant
+from dp_accounting.rdp import RdpAccountant, compute_epsilon
+from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from dp_federated_lora.errors import IncompatiblePlan, PrivacyError, UnsupportedEvent
@@ -49,12 +53,28 @@ LEAST_NOISE: Final = 1.0 / 16.0
 _MOST: Final = 4096.0
 # Renyi orders for cohorts of fixed size: any set gives a bound, and more of them than these only take time.
 _ORDERS: Final = (*(1.0 + x / 10.0 for x in range(1, 10)), *range(2, 64))
+_INTEGER_ORDERS: Final = range(2, 513)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SharedNoiseDpEvent(DpEvent):  # type: ignore[misc]
+    """A sum with noise in shares: its Renyi divergences at integer orders to 4,096 are at most those of a Gaussian.
+
+    With Poisson sampling too, as the binomial sum for them (Mironov et al. 2019, arXiv 1908.10530) grows in each.
+
+    Args:
+        noise_multiplier: z of that Gaussian.
+    """
+
+    noise_multiplier: float
 
 
 # The closed table: names of JSON objects, and their keys in the order of the event's own fields.
 _TABLE: Final[Mapping[str, tuple[Any, tuple[str, ...]]]] = {
     "none": (NoOpDpEvent, ()),
     "gaussian": (GaussianDpEvent, ("noise_multiplier",)),
+    "shared_noise": (SharedNoiseDpEvent, ("noise_multiplier",)),
     "poisson": (PoissonSampledDpEvent, ("sampling_rate", "of")),
     "truncated_poisson": (TruncatedSubsampledGaussianDpEvent, ("population", "sampling_rate", "cap", "noise_multiplier")),
     "fixed_size": (SampledWithoutReplacementDpEvent, ("population", "cohort", "of")),
@@ -70,9 +90,9 @@ def gaussian_parts(event: DpEvent) -> tuple[float, float]:
     """
     rate, z = 1.0, math.nan
     match event:
-        case GaussianDpEvent():
+        case GaussianDpEvent() | SharedNoiseDpEvent():
             z = event.noise_multiplier
-        case PoissonSampledDpEvent(event=GaussianDpEvent()):
+        case PoissonSampledDpEvent(event=GaussianDpEvent() | SharedNoiseDpEvent()):
             rate, z = event.sampling_probability, event.event.noise_multiplier
         case SampledWithoutReplacementDpEvent(event=GaussianDpEvent()) if event.source_dataset_size > 0:
             rate, z = event.sample_size / event.source_dataset_size, 2.0 * event.event.noise_multiplier
@@ -84,6 +104,20 @@ def gaussian_parts(event: DpEvent) -> tuple[float, float]:
             f"least {LEAST_NOISE:g}; nothing was charged"
         )
     return float(rate), float(z)
+
+
+def has_shared_noise(event: DpEvent) -> bool:
+    """Whether the noise comes in shares, so that only Renyi divergences are known."""
+    return isinstance(getattr(event, "event", event), SharedNoiseDpEvent)
+
+
+@lru_cache(maxsize=256)
+def divergences(event: DpEvent, orders: range = _INTEGER_ORDERS) -> NDArray[np.float64]:
+    """Renyi divergences of one Gaussian or shared-noise event, sampled or not, at integer orders."""
+    rate, z = gaussian_parts(event)
+    gaussian = GaussianDpEvent(z) if rate == 1.0 else PoissonSampledDpEvent(rate, GaussianDpEvent(z))
+    accountant = RdpAccountant(orders, NeighboringRelation.ADD_OR_REMOVE_ONE)
+    return np.asarray(accountant.compose(gaussian).rdp, dtype=np.float64)
 
 
 def repeated(event: DpEvent) -> tuple[DpEvent, int]:
@@ -142,7 +176,8 @@ class Composition:
 
     def __init__(self) -> None:
         self._pld: Any = None
-        self._fixed_size: Mapping[DpEvent, int] = {}
+        self._renyi = False
+        self._counts: Mapping[DpEvent, int] = {}
 
     def add(self, event: DpEvent, count: int = 1) -> None:
         """Compose `count` more executions of `event`.
@@ -162,14 +197,12 @@ class Composition:
                 f"{count} releases of {event} cost an epsilon beyond any claim, which protects nobody: raise the noise "
                 "multiplier (by a lower epsilon), or lower the rounds"
             )
-        fixed_size_cohort = isinstance(event, SampledWithoutReplacementDpEvent)
-        if self._pld is not None if fixed_size_cohort else self._fixed_size:
-            raise UnsupportedEvent(
-                f"{event} cannot be composed with what was charged before: cohorts of fixed size are accounted for under "
-                "replace-one, everything else under add-or-remove-one; nothing was charged"
-            )
-        if fixed_size_cohort:
-            self._fixed_size = {**self._fixed_size, event: self._fixed_size.get(event, 0) + count}
+        counts = {**self._counts, event: self._counts.get(event, 0) + count}
+        renyi = self._renyi or isinstance(event, SampledWithoutReplacementDpEvent) or has_shared_noise(event)
+        if renyi:
+            _require_renyi(counts)
+        self._renyi, self._counts = renyi, counts
+        if renyi:
             return
         part = _pld(event)
         part = part.self_compose(count) if count > 1 else part
@@ -178,14 +211,14 @@ class Composition:
     def with_event(self, event: DpEvent) -> Composition:
         """A copy with one more execution of `event`; this one stays as it is."""
         extended = Composition()
-        extended._pld, extended._fixed_size = self._pld, self._fixed_size
+        extended._pld, extended._renyi, extended._counts = self._pld, self._renyi, self._counts
         extended.add(event)
         return extended
 
     def epsilon(self, delta: float) -> float:
         """Smallest epsilon that the bound shows at `delta`; 0 for no event, infinity where none is shown."""
-        if self._fixed_size:
-            return epsilon_rdp(self._fixed_size.items(), delta)
+        if self._renyi:
+            return epsilon_rdp(self._counts.items(), delta)
         return 0.0 if self._pld is None else float(self._pld.get_epsilon_for_delta(delta))
 
 
@@ -199,21 +232,42 @@ def epsilon_rdp(events: Iterable[tuple[DpEvent, int]], delta: float) -> float:
     Raises:
         UnsupportedEvent: if an event has no Renyi bound, or events are of different neighbouring relations.
     """
-    pairs = list(events)
-    replace_one = any(isinstance(event, SampledWithoutReplacementDpEvent) for event, _ in pairs)
-    relation = NeighboringRelation.REPLACE_ONE if replace_one else NeighboringRelation.ADD_OR_REMOVE_ONE
-    accountant = RdpAccountant(_ORDERS if replace_one else None, relation)
-    for event, count in pairs:
-        event_to_json(event)
-        if isinstance(event, SampledWithoutReplacementDpEvent) != replace_one or not accountant.supports(event):
-            raise UnsupportedEvent(f"{event} has no Renyi bound here under {relation.name}")
+    counts = dict(events)
+    relation = _require_renyi(counts)
+    if any(has_shared_noise(event) for event in counts):
+        total = sum(count * divergences(event) for event, count in counts.items())
+        return float(compute_epsilon(_INTEGER_ORDERS, total, delta)[0])
+    accountant = RdpAccountant(_ORDERS if relation is NeighboringRelation.REPLACE_ONE else None, relation)
+    for event, count in counts.items():
         accountant.compose(event, count)
     return float(accountant.get_epsilon(delta))
 
 
+def _require_renyi(events: Iterable[DpEvent]) -> NeighboringRelation:
+    """The one relation under which all of `events` have a Renyi bound; raises UnsupportedEvent if there is none."""
+    events = list(events)
+    replace_one = any(isinstance(event, SampledWithoutReplacementDpEvent) for event in events)
+    relation = NeighboringRelation.REPLACE_ONE if replace_one else NeighboringRelation.ADD_OR_REMOVE_ONE
+    for event in events:
+        event_to_json(event)
+        of_its_own = isinstance(event, SampledWithoutReplacementDpEvent)
+        if of_its_own != replace_one or isinstance(event, TruncatedSubsampledGaussianDpEvent):
+            raise UnsupportedEvent(
+                f"{event} has no Renyi bound under {relation.name} and cannot be composed with what was charged before: cohorts "
+                "of fixed size are accounted for under replace-one, capped ones by PLD alone; nothing was charged"
+            )
+    return relation
+
+
 @lru_cache(maxsize=64)
 def calibrate_noise_multiplier(
-    *, epsilon: float, delta: float, sampling_rate: float, rounds: int, beside: tuple[tuple[DpEvent, int], ...] = ()
+    *,
+    epsilon: float,
+    delta: float,
+    sampling_rate: float,
+    rounds: int,
+    beside: tuple[tuple[DpEvent, int], ...] = (),
+    shared: bool = False,
 ) -> float:
     """Least noise multiplier (relative tolerance 1e-4, from above) whose `rounds` rounds cost at most `epsilon`.
 
@@ -223,6 +277,7 @@ def calibrate_noise_multiplier(
         sampling_rate: q of Poisson sampling.
         rounds: number of releases.
         beside: other events and how often they happen, within the same target.
+        shared: whether noise comes in shares.
 
     Raises:
         PrivacyError: if no noise multiplier up to 10,000 reaches the target.
@@ -231,7 +286,7 @@ def calibrate_noise_multiplier(
     target = epsilon * (1.0 - _SAFETY)
 
     def cost(z: float) -> float:
-        return _cost(sampling_rate, z, rounds, delta, beside)
+        return _cost(sampling_rate, z, rounds, delta, beside, shared=shared)
 
     low, high = 0.5, 1.0
     while cost(high) > target:
@@ -274,11 +329,13 @@ def calibrate_sampling_rate(*, epsilon: float, delta: float, noise_multiplier: f
 
 
 @lru_cache(maxsize=1024)  # root finders ask for the ends of their interval again
-def _cost(rate: float, z: float, rounds: int, delta: float, beside: tuple[tuple[DpEvent, int], ...] = ()) -> float:
-    """Epsilon of `rounds` Poisson-sampled Gaussians and what happens beside them; 1e9 stands for too much."""
+def _cost(
+    rate: float, z: float, rounds: int, delta: float, beside: tuple[tuple[DpEvent, int], ...] = (), *, shared: bool = False
+) -> float:
+    """Epsilon of `rounds` Poisson-sampled releases and what happens beside them; 1e9 stands for too much."""
     if _protects_nobody(rate, z, rounds):
         return 1e9  # finite, for the root finder
-    gaussian = GaussianDpEvent(z)
+    gaussian = SharedNoiseDpEvent(z) if shared else GaussianDpEvent(z)
     composition = Composition()
     composition.add(gaussian if rate == 1.0 else PoissonSampledDpEvent(rate, gaussian), rounds)
     for event, count in beside:

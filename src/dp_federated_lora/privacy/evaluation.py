@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from dp_accounting import GaussianDpEvent
 from torch import Tensor
 
 from dp_federated_lora.errors import IncompatiblePlan
-from dp_federated_lora.privacy.bounded import BoundedSum, UnitId
+from dp_federated_lora.privacy.accounting import DpEvent
+from dp_federated_lora.privacy.bounded import BoundedSum, Released, UnitId
 from dp_federated_lora.privacy.clipping import clip_examples
-from dp_federated_lora.privacy.mechanisms import GaussianMechanism
+from dp_federated_lora.privacy.mechanisms import GaussianMechanism, NoiseShares
+from dp_federated_lora.privacy.permits import Permit
+from dp_federated_lora.privacy.rng import SecureRandom
 
 
 @final
@@ -30,6 +32,7 @@ class PrivateEvaluation:
         noise_multiplier: standard deviation of the noise on each sum over sqrt(3).
         every: rounds from one evaluation to the next.
         loss_cap: public bound; a larger loss counts as this.
+        shares: of the same noise, where participants add it (trust = "distributed").
     """
 
     SIZE: ClassVar[int] = 3
@@ -38,20 +41,26 @@ class PrivateEvaluation:
     noise_multiplier: float
     every: int
     loss_cap: float
+    shares: NoiseShares | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1 or not (math.isfinite(self.loss_cap) and self.loss_cap > 0):
             raise IncompatiblePlan(f"an evaluation has a period of at least one round and a positive loss cap, got {self}")
 
     @property
-    def mechanism(self) -> GaussianMechanism:
+    def mechanism(self) -> GaussianMechanism | NoiseShares:
         """The mechanism of one evaluation; everyone takes part, so nothing amplifies it."""
-        return GaussianMechanism(self.noise_multiplier)
+        return self.shares or GaussianMechanism(self.noise_multiplier)
 
     @property
-    def event(self) -> GaussianDpEvent:
+    def event(self) -> DpEvent:
         """What one evaluation costs."""
         return self.mechanism.event
+
+    def release(self, total: BoundedSum, *, permit: Permit, rng: SecureRandom) -> Released:
+        """The noised sums `(3,)` of one evaluation; errors are those of `GaussianMechanism.release`."""
+        mechanism = GaussianMechanism(self.noise_multiplier)
+        return mechanism.release(total, charged=mechanism.event, permit=permit, rng=rng)
 
     def due(self, number: int) -> bool:
         """Whether held-out data are scored after round `number`."""

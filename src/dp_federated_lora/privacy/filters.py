@@ -9,24 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Final, Self, final
 
-from dp_accounting import GaussianDpEvent, NeighboringRelation, NoOpDpEvent, PoissonSampledDpEvent
-from dp_accounting.rdp import RdpAccountant
+from dp_accounting import GaussianDpEvent, NoOpDpEvent, PoissonSampledDpEvent
 from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
 
 from dp_federated_lora.errors import UnsupportedEvent
-from dp_federated_lora.privacy.accounting import DpEvent, gaussian_parts, repeated
+from dp_federated_lora.privacy.accounting import DpEvent, SharedNoiseDpEvent, divergences, repeated
 
 # Integer orders: the divergence of the sampled Gaussian is then a finite sum (Mironov et al. 2019, arXiv 1908.10530, 3.3).
 _ORDERS: Final = range(2, 4097)
-
-
-@lru_cache(maxsize=256)
-def _divergence(event: DpEvent, order: int) -> float:
-    accountant = RdpAccountant(orders=[order], neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
-    return float(accountant.compose(event).rdp[0])
 
 
 @final
@@ -61,13 +53,13 @@ class RenyiFilter:
         once, count = repeated(event)
         if count >= 1 and isinstance(once, NoOpDpEvent):
             return self
-        if count < 1 or not isinstance(once, GaussianDpEvent | PoissonSampledDpEvent):
+        if count < 1 or not isinstance(once, GaussianDpEvent | PoissonSampledDpEvent | SharedNoiseDpEvent):
             raise UnsupportedEvent(
                 f"{event} cannot be charged to a lifetime budget, which is a Renyi bound under add-or-remove-one: use Poisson "
                 "sampling or none; nothing was charged"
             )
-        gaussian_parts(once)
-        added = math.nextafter(count * _divergence(once, self.order), math.inf)
+        (divergence,) = divergences(once, range(self.order, self.order + 1))
+        added = math.nextafter(count * float(divergence), math.inf)
         return replace(self, divergence=math.nextafter(self.divergence + added, math.inf))
 
     def epsilon(self, delta: float) -> float:

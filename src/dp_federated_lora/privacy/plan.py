@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from enum import Enum
 from itertools import accumulate
-from typing import Final, Self, final
+from typing import Self, final
 
 import numpy as np
 from dp_accounting import NoOpDpEvent
@@ -23,14 +23,12 @@ from dp_federated_lora.privacy.clipping import AdaptiveClip, clip_examples
 from dp_federated_lora.privacy.correlated import CorrelatedGaussian, Correlation
 from dp_federated_lora.privacy.evaluation import PrivateEvaluation
 from dp_federated_lora.privacy.ledger import Budget, Spend
-from dp_federated_lora.privacy.mechanisms import GaussianMechanism
+from dp_federated_lora.privacy.mechanisms import GaussianMechanism, NoiseShares
 from dp_federated_lora.privacy.participation import Participation
 from dp_federated_lora.privacy.permits import Permit
-from dp_federated_lora.privacy.personal import Personalisation, Tier, personal_tiers
+from dp_federated_lora.privacy.personal import Tier
 from dp_federated_lora.privacy.rng import SecureRandom
 from dp_federated_lora.privacy.sampling import CyclicPoissonSampler, PoissonSampler
-
-RELATION: Final = "add or remove one"
 
 
 class PrivacyUnit(Enum):
@@ -41,32 +39,11 @@ class PrivacyUnit(Enum):
 
 
 class Trust(Enum):
-    """Who adds the noise: the server, on the sum (CENTRAL), or every participant, on what it sends (LOCAL)."""
+    """Who adds the noise: the server, on the sum (CENTRAL), or participants: all of it each (LOCAL), or a share (DISTRIBUTED)."""
 
     CENTRAL = "central"
     LOCAL = "local"
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StatementRow:
-    """What one adversary can learn.
-
-    Args:
-        adversary: who observes.
-        unit: the protected unit.
-        relation: the neighbouring relation.
-        epsilon: pessimistic bound of what was executed; None means that nothing is guaranteed.
-        delta: the same.
-        assumptions: what the row rests on.
-    """
-
-    adversary: str
-    unit: str
-    relation: str
-    epsilon: float | None
-    delta: float | None
-    assumptions: tuple[str, ...]
+    DISTRIBUTED = "distributed"
 
 
 @final
@@ -79,14 +56,14 @@ class PrivacyPlan:
         trust: who adds noise.
         sampler: who takes part in a round.
         clip_norm: C, the L2 bound of one unit's contribution to a round; the first one where it adapts.
-        mechanism: noise on the sum, or on each site's; correlated over rounds for a sampler by turns, and for no other.
+        mechanism: noise on the sum, on each site's, or in shares; correlated over rounds for a sampler by turns only.
         rounds: T.
         divisor: public constant by which the noised sum is divided: the expected cohort of the declared population.
         budget: the ceiling that the ledger enforces.
         adaptive_clip: how the clip norm follows the data, inside what a round costs; None keeps it.
         evaluation: scores on held-out private data, charged to the same budget; None for none.
         tiers: groups of units with declared budgets of their own, in the order of participants; empty where all have `budget`.
-        sites: public number of participants that add noise of the full size each (LOCAL); 1 where the server adds it.
+        sites: public number of participants that add noise, of the full size (LOCAL) or a share; 1 where the server adds it.
 
     Raises:
         IncompatiblePlan: if a field is out of range or the rounds cannot fit the budget.
@@ -96,7 +73,7 @@ class PrivacyPlan:
     trust: Trust
     sampler: PoissonSampler | CyclicPoissonSampler
     clip_norm: float
-    mechanism: GaussianMechanism | CorrelatedGaussian
+    mechanism: GaussianMechanism | CorrelatedGaussian | NoiseShares
     rounds: int
     divisor: float
     budget: Budget
@@ -115,6 +92,8 @@ class PrivacyPlan:
             raise IncompatiblePlan(f"under trust = {self.trust.value} noise is added at {self.sites} sites: impossible")
         if self.trust is Trust.LOCAL and self.adaptive_clip is not None:
             raise IncompatiblePlan("an adaptive clip norm is planned for one noise on the count of bits; use a fixed clip norm")
+        if isinstance(self.mechanism, NoiseShares) != (self.trust is Trust.DISTRIBUTED):
+            raise IncompatiblePlan(f"noise in shares and trust = distributed belong together, got {self.mechanism}")
         self.sensitivity(self.clip_norm)
         planned = self.epsilon_after(self.rounds)
         if planned > self.budget.epsilon:
@@ -125,13 +104,15 @@ class PrivacyPlan:
         if isinstance(self.mechanism, CorrelatedGaussian):
             if (self.mechanism.rounds, self.mechanism.clip_norm) != (self.rounds, self.clip_norm):
                 raise IncompatiblePlan(f"{self.mechanism} is not for {self.rounds} rounds of clip norm {self.clip_norm}")
-            if self.tiers or self.adaptive_clip is not None or self.trust is Trust.LOCAL:
-                raise IncompatiblePlan("correlated noise needs one sum and one clip norm: no groups, adaptation or local trust")
+            if self.tiers or self.adaptive_clip is not None or self.trust is not Trust.CENTRAL:
+                raise IncompatiblePlan(
+                    "correlated noise needs one sum and one clip norm: no groups, adaptation or noise elsewhere"
+                )
         self._require_tiers()
 
     def _require_tiers(self) -> None:
-        if self.tiers and (self.adaptive_clip is not None or self.evaluation is not None):
-            raise IncompatiblePlan("budgets of groups are planned for training with a fixed clip norm alone")
+        if self.tiers and (self.adaptive_clip is not None or self.evaluation is not None or self.trust is Trust.DISTRIBUTED):
+            raise IncompatiblePlan("budgets of groups are planned for training with a fixed clip norm and whole noise alone")
         for tier in self.tiers:
             if (spent := self.epsilon_of(tier, self.rounds)) > tier.budget.epsilon:
                 raise IncompatiblePlan(f"{self.rounds} rounds cost a unit of {tier} epsilon {spent:.4g}")
@@ -152,16 +133,16 @@ class PrivacyPlan:
         clip_norm: float,
         adaptive_clip: AdaptiveClip | None = None,
         evaluation: PrivateEvaluation | None = None,
-        groups: Sequence[tuple[Budget, int]] = (),
-        personalisation: Personalisation = Personalisation.SAMPLE,
+        groups: tuple[float, tuple[Tier, ...]] | None = None,
         correlation: tuple[Correlation, int] | None = None,
+        shares: Callable[[float], NoiseShares] | None = None,
     ) -> Self:
         """The plan with the least noise that keeps `rounds` rounds within `budget`.
 
         Args:
             unit: what is protected.
             trust: who adds noise; its amount is the same, but under LOCAL each of `sites` adds it.
-            sites: number of participants under LOCAL.
+            sites: number of participants under LOCAL and DISTRIBUTED.
             budget: epsilon and delta to reach.
             population: declared, public number of units; only sets the divisor, never counted from data.
             sampling_rate: q; with `correlation` of those whose turn it is.
@@ -169,9 +150,9 @@ class PrivacyPlan:
             clip_norm: C.
             adaptive_clip: how C follows the data.
             evaluation: scores on held-out data; training gets the noise that leaves room for them.
-            groups: declared budgets with their public numbers of units; then q is the mean sampling rate.
-            personalisation: what differs between groups.
+            groups: noise multiplier and groups of units with budgets of their own; then q is the mean sampling rate.
             correlation: how noise is correlated, and the number of rounds from one turn of a unit to the next.
+            shares: makes the mechanism of a noise multiplier under DISTRIBUTED.
         """
         if population < 1:
             raise IncompatiblePlan(f"population is a positive public number of units, got {population}")
@@ -180,7 +161,7 @@ class PrivacyPlan:
         times = Participation(turns, rounds).times(rounds)
         releases = times if sampling_rate < 1.0 or over is None else 1  # without coins the run is one Gaussian
         if groups:
-            z, tiers = personal_tiers(groups, variant=personalisation, sampling_rate=sampling_rate, rounds=rounds)
+            z, tiers = groups
             rate = max(tier.sampling_rate for tier in tiers)
         else:
             z = calibrate_noise_multiplier(
@@ -189,9 +170,10 @@ class PrivacyPlan:
                 sampling_rate=sampling_rate,
                 rounds=releases,
                 beside=() if evaluation is None else ((evaluation.event, rounds // evaluation.every),),
+                shared=shares is not None,
             )
         sampler: PoissonSampler | CyclicPoissonSampler = PoissonSampler(rate)
-        mechanism: GaussianMechanism | CorrelatedGaussian = GaussianMechanism(z)
+        mechanism: GaussianMechanism | CorrelatedGaussian | NoiseShares = GaussianMechanism(z) if shares is None else shares(z)
         if over is not None:
             sampler = CyclicPoissonSampler(turns, sampling_rate)
             mechanism = CorrelatedGaussian(over, z / math.sqrt(releases), clip_norm, rounds, sampler.participation(rounds))
@@ -216,7 +198,7 @@ class PrivacyPlan:
         match self.sampler, self.mechanism:
             case CyclicPoissonSampler() as turns, CorrelatedGaussian() as correlated:
                 return turns.amplify(correlated)
-            case PoissonSampler() as coins, GaussianMechanism() as independent:
+            case PoissonSampler() as coins, GaussianMechanism() | NoiseShares() as independent:
                 return coins.amplify(independent.event)
         raise IncompatiblePlan(f"{self.mechanism} is accounted for with another sampler than {self.sampler}")
 
@@ -326,6 +308,8 @@ class PrivacyPlan:
     ) -> tuple[Released, Mapping[str, Tensor]]:
         """The noised sum `(d,)` of the round that `permit` paid for, and the `noise` of the next; errors are the mechanism's."""
         mechanism, charged = self.mechanism, self.event_in(permit.round)
+        if isinstance(mechanism, NoiseShares):
+            raise IncompatiblePlan("noise comes in shares, which clients have added before a sum is seen: none is drawn here")
         if isinstance(mechanism, GaussianMechanism):
             return mechanism.release(total, charged=charged, permit=permit, rng=rng), {}
         released, state = mechanism.release(total, mechanism.restore(noise), charged=charged, permit=permit, rng=rng)
@@ -335,55 +319,10 @@ class PrivacyPlan:
         """Expected L2 norm of the noise in the released mean of `size` coordinates at `clip_norm` in round `number`; public."""
         if isinstance(self.mechanism, CorrelatedGaussian):
             return self.mechanism.noise_std(number) * math.sqrt(size) / self.divisor
-        return self.mechanism.noise_multiplier * self.sensitivity(clip_norm) * math.sqrt(size * self.sites) / self.divisor
+        std = self.mechanism.noise_multiplier * self.sensitivity(clip_norm) * self.noise_price
+        return std * math.sqrt(size) / self.divisor
 
-
-def state_privacy(plan: PrivacyPlan, *, spend: Spend, insecure: bool, notes: tuple[str, ...] = ()) -> tuple[StatementRow, ...]:
-    """The statement of a plan, whether a run of it is ahead, under way, ended early or finished.
-
-    Args:
-        plan: what was or will be executed.
-        spend: what the run's ledger has charged.
-        insecure: noise or cohorts came from a seed; then no row claims anything.
-        notes: what the unit means for this data; said in every row that claims something.
-    """
-    coins = "each unit takes part by independent secret coins (Poisson); nobody else learns who took part in a round"
-    chosen: tuple[str, ...] = (coins,)
-    if isinstance(plan.mechanism, CorrelatedGaussian):
-        turns = f"no unit takes part more than {plan.participation.times(plan.rounds)} times or twice in fewer than "
-        turns += f"{plan.participation.separation} rounds: a public schedule says whose turn it is, and each release checks it"
-        chosen = (turns, coins) if plan.sampler.sampling_rate < 1.0 else (turns,)
-    server = "the server computes sums and noise as this software does, and keeps un-noised values to itself"
-    others = "they see every global adapter of the run; all of them are charged"
-    adversaries = {"recipients of the model": (server, *chosen), "other participants": (server, *chosen, others)}
-    if plan.trust is Trust.LOCAL:
-        own = "the unit's own participant, on its own machine, tosses secret coins (Poisson), clips and adds noise as it should"
-        always = "every participant reports in every round, noise alone if need be; that it belongs to the run is public"
-        alone = "nobody else is trusted, even if the server and all other participants put together what they see"
-        adversaries = dict.fromkeys(adversaries, (own, always)) | {"the server": (own, always, alone)}
-    seed = ("NOT PRIVATE: noise and sampling came from a fixed seed that anyone can repeat",)
-    whole = f"epsilon is of all {plan.rounds} planned rounds: a run that ends early, by a rule or by hand, states no less"
-    if spend.charges != spend.released and not plan.tiers:
-        whole = "epsilon is the whole budget: a charge has no published release (a crash, or a release under way)"
-    protected = [(plan.unit.value, plan.claimed(spend), spend.delta)]
-    if plan.tiers:
-        units = [f"{plan.unit.value} (declared epsilon {tier.budget.epsilon:g})" for tier in plan.tiers]
-        epsilons = [plan.epsilon_of(tier, plan.rounds) for tier in plan.tiers]  # more charges than rounds are refused
-        protected = [(unit, e, tier.budget.delta) for unit, e, tier in zip(units, epsilons, plan.tiers, strict=True)]
-    covered = tuple(
-        StatementRow(
-            adversary=adversary,
-            unit=unit,
-            relation=RELATION,
-            epsilon=None if insecure else epsilon,
-            delta=None if insecure else delta,
-            assumptions=seed if insecure else (*assumptions, whole, *notes),
-        )
-        for adversary, assumptions in adversaries.items()
-        for unit, epsilon, delta in protected
-    )
-    if plan.trust is Trust.LOCAL:
-        return covered
-    seen = ("under trust = central the server sees un-noised contributions",)
-    server_row = replace(covered[0], adversary="the server", unit=plan.unit.value, epsilon=None, delta=None, assumptions=seen)
-    return (*covered, server_row)
+    @property
+    def noise_price(self) -> float:
+        """Noise in a sum, as a multiple of what the server alone would add for the same guarantee."""
+        return self.mechanism.excess if isinstance(self.mechanism, NoiseShares) else math.sqrt(self.sites)

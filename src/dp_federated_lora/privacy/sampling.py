@@ -17,7 +17,7 @@ from dp_accounting import (
 from numpy.typing import NDArray
 
 from dp_federated_lora.errors import IncompatiblePlan, PrivacyError
-from dp_federated_lora.privacy.accounting import DpEvent
+from dp_federated_lora.privacy.accounting import DpEvent, SharedNoiseDpEvent
 from dp_federated_lora.privacy.correlated import CorrelatedGaussian
 from dp_federated_lora.privacy.participation import Participation
 from dp_federated_lora.privacy.rng import SecureRandom
@@ -45,7 +45,7 @@ class PoissonSampler:
         """Indices of the units that take part, increasing; may be empty, and then the round runs all the same."""
         return np.flatnonzero(rng.bernoulli(self.sampling_rate, population)).astype(np.int64)
 
-    def amplify(self, event: GaussianDpEvent) -> DpEvent:
+    def amplify(self, event: GaussianDpEvent | SharedNoiseDpEvent) -> DpEvent:
         """The event of the mechanism on a Poisson sample (Zhu and Wang 2019; Koskela et al. 2020)."""
         return event if self.sampling_rate == 1.0 else PoissonSampledDpEvent(self.sampling_rate, event)
 

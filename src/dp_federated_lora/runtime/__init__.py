@@ -1,5 +1,6 @@
 """Engines that carry requests to clients and replies back."""
 
 from dp_federated_lora.runtime.simulator import Simulator
+from dp_federated_lora.runtime.wire import decode_request, encode_request
 
-__all__ = ("Simulator",)
+__all__ = ("Simulator", "decode_request", "encode_request")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import final
 
+from torch import Tensor
+
 from dp_federated_lora.errors import ConfigError
-from dp_federated_lora.federated import Client, Request, pieces, report
-from dp_federated_lora.privacy import BoundedSum, Permit, Released, SecureRandom
+from dp_federated_lora.federated import Client, Request, Sites, pieces, report, share
+from dp_federated_lora.privacy import BoundedSum, Released, SecureRandom
+from dp_federated_lora.runtime.secure_sums import SecureSums
+from dp_federated_lora.runtime.wire import decode_request
 from dp_federated_lora.training import Learner
 
 
@@ -20,17 +24,21 @@ class Simulator:
         learner: the model that every client computes with.
         stack_tokens: most tokens of a local step of clients that are computed together, as `pieces`; None for each client alone,
             whose numbers then depend on nobody else's.
+        dropout_rate: chance that a member of a secure sum falls silent.
 
     Raises:
         ConfigError: if two clients have one name.
     """
 
-    def __init__(self, clients: Sequence[Client], learner: Learner, *, stack_tokens: int | None = None) -> None:
+    def __init__(
+        self, clients: Sequence[Client], learner: Learner, *, stack_tokens: int | None = None, dropout_rate: float = 0.0
+    ) -> None:
         if len({client.name for client in clients}) != len(clients):
             raise ConfigError("client names must be unique: one participant would count twice in a sum")
         self.clients = tuple(clients)
         self.learner = learner
         self.stack_tokens = stack_tokens
+        self.secure_sums = SecureSums(self.names, dropout_rate=dropout_rate)
 
     @property
     def names(self) -> Sequence[str]:
@@ -43,7 +51,7 @@ class Simulator:
         work = pieces(request, asked, rng, stack_tokens=self.stack_tokens, threads=self.learner.threads)
         yield from self.learner.spread(lambda learner, piece: piece(learner), work)
 
-    def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
+    def reports(self, request: Request, sites: Sites) -> Iterator[Released]:
         """Noised replies one at a time.
 
         A client's permit and stream are made of the round's, so that a killed round is re-created; they stand for an entry in
@@ -55,3 +63,17 @@ class Simulator:
             return report(request, client, learner, permit, rng)
 
         yield from self.learner.spread(answer, (client for client in self.clients if client.name in sites))
+
+    def opened(self, request: Request, sites: Sites, members: Sequence[str], *, size: int) -> Tensor:
+        """A secure sum by its real messages; permits and streams are as in `reports`."""
+        asked = {client.name: client for client in self.clients if client.name in members}
+
+        def contributions(sent: bytes, names: Sequence[str]) -> Iterator[Tensor]:
+            def answer(learner: Learner, name: str) -> Tensor:
+                permit, rng = sites[name]
+                return share(decode_request(sent), asked[name], learner, permit=permit, rng=rng)
+
+            return self.learner.spread(answer, names)
+
+        streams = {name: sites[name][1] for name in members}
+        return self.secure_sums.open(request, self.clients[0].plan, streams, contributions, size=size)

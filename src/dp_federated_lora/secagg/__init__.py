@@ -1,18 +1,19 @@
 """Secure aggregation: sums of clients' integers that show nothing but the sum, and the noise shares in them."""
 
-from dp_federated_lora.secagg.client_session import ClientSession
+from dp_federated_lora.secagg.client_session import STAGES, ClientSession
 from dp_federated_lora.secagg.field import Field
 from dp_federated_lora.secagg.mechanisms import (
     DiscreteGaussian,
     DistributedMechanism,
     SecureSum,
     Skellam,
-    calibrate_secure_sum,
 )
 from dp_federated_lora.secagg.server_session import SecureTotal, ServerSession
-from dp_federated_lora.secagg.terms import Terms, degree_for
+from dp_federated_lora.secagg.shares import SharedNoise
+from dp_federated_lora.secagg.terms import Terms, circle_for, degree_for
 
 __all__ = (
+    "STAGES",
     "ClientSession",
     "DiscreteGaussian",
     "DistributedMechanism",
@@ -20,8 +21,9 @@ __all__ = (
     "SecureSum",
     "SecureTotal",
     "ServerSession",
+    "SharedNoise",
     "Skellam",
     "Terms",
-    "calibrate_secure_sum",
+    "circle_for",
     "degree_for",
 )

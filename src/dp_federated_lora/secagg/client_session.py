@@ -106,6 +106,26 @@ class ClientSession:
         session._begin(state)
         return session
 
+    def answer(self, message: bytes, integers: ArrayLike | None = None) -> bytes:
+        """The answer of the step that is due, of those below.
+
+        Args:
+            message: the server's; empty for the first step.
+            integers: as `mask` takes them; for that step alone.
+
+        Raises:
+            SecureSumAborted: as that step does, or if the session is over.
+        """
+        if self.stage == "mask":
+            return self.mask(message, () if integers is None else integers)
+        steps = {"share": self.share, "consent": self.consent, "reveal": self.reveal}
+        return steps[self.stage](message) if self.stage in steps else self.advertise()
+
+    @property
+    def stage(self) -> str | None:
+        """The step that is due; None once the session is over."""
+        return STAGES[self._state.stage] if self._state.stage < len(STAGES) else None
+
     def advertise(self) -> bytes:
         """Public keys of this round, signed."""
         with self._step("advertise") as state:

@@ -53,11 +53,18 @@ class Field:
         return self.wrap(self.encode(vector, rng) + self.mechanism.noise_share(rng))
 
     def encode(self, vector: Tensor, rng: SecureRandom) -> Tensor:
-        """The same without noise and reduction: `(d,)` int64 of squared norm at most `squared_bound`."""
+        """The same without noise and reduction: `(d,)` int64; one unit moves its squared norm by at most `squared_bound`."""
         total = self.mechanism.total
         if vector.shape != (total.size,):
             raise PrivacyError(f"a contribution has shape ({total.size},), got {tuple(vector.shape)}")
         rotated = hadamard(self._signs() * _padded(vector, total.padded_size))
+        if total.units is not None:
+            return (
+                torch.where(rotated.isfinite().all(), rotated * (total.scale / math.sqrt(len(rotated))), 0.0)
+                .round()
+                .to(torch.int64)
+            )
+        rotated /= math.sqrt(len(rotated))
         norm = torch.linalg.vector_norm(rotated)
         scaled = torch.where(torch.isfinite(norm), rotated * (total.scale * (total.clip_norm / norm).clamp(max=1.0)), 0.0)
         return next(k for k in roundings(scaled, rng.derive("rounding")) if int((k * k).sum()) <= total.squared_bound)
@@ -85,7 +92,8 @@ class Field:
         per coordinate for a cohort of `max_cohort`.
         """
         total = self.mechanism.total
-        return (self._signs() * hadamard(self.unwrap(summed) / total.scale))[: total.size]
+        rotated = hadamard(self.unwrap(summed)) / (total.scale * math.sqrt(total.padded_size))
+        return (self._signs() * rotated)[: total.size]
 
     def _signs(self) -> Tensor:
         """Public signs `(d,)` float64 from the rotation seed."""
@@ -95,7 +103,9 @@ class Field:
 
 
 def hadamard(vector: Tensor) -> Tensor:
-    """Walsh-Hadamard transform of `(d,)`, d a power of two, divided by sqrt(d): orthogonal and its own inverse.
+    """Walsh-Hadamard transform of `(d,)`, d a power of two; sqrt(d) times an orthogonal one, its own inverse times d.
+
+    Exact where all sums are (integers below 2^53).
 
     Each of the log2(d) steps transforms the leading bit of the index and makes it the last one.
     """
@@ -103,7 +113,7 @@ def hadamard(vector: Tensor) -> Tensor:
     for _ in range(vector.numel().bit_length() - 1):
         low, high = result.reshape(2, -1)
         result = torch.stack((low + high, low - high), dim=1)
-    return result.reshape(-1) / math.sqrt(vector.numel())
+    return result.reshape(-1)
 
 
 def roundings(scaled: Tensor, rng: SecureRandom) -> Iterator[Tensor]:

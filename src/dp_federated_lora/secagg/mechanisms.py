@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_left
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import ClassVar, Final, final
 
 import numpy as np
@@ -31,9 +29,8 @@ _MAX_BITS: Final = 32
 _DEVIATIONS: Final = -float(ndtri(0.5e-4))  # of a coordinate of the sum that must fit: it wraps with probability 1e-4
 _FINEST_SHARE: Final = 2.0**15  # a larger standard deviation of one share gains nothing and is drawn more slowly
 _LONGEST: Final = 2.0**30  # norm of a scaled contribution, so that squared norms fit 64 bits
+_EXACT: Final = 2.0**31  # units of norm 2^22 lattice steps, times what a transform adds up, are integers below 2^53
 _ORDERS: Final = np.arange(2.0, 513.0)  # the Skellam bound and sampling's binomial sum hold for integers
-_STEP: Final = math.log1p(1e-4)  # calibration picks from noise multipliers 2^-7, .., 2^14 this far apart
-_STEPS: Final = math.ceil(21 * math.log(2.0) / _STEP)
 
 
 @final
@@ -49,6 +46,7 @@ class SecureSum:
         max_cohort: the most clients that a sum can have; sizes the lattice.
         min_cohort: the fewest with which a sum is opened; sizes the noise shares.
         colluders: clients of a cohort that may tell the adversary their noise share, or add none.
+        units: where a client's vector is a sum over units of norm c each, the most that a whole sum has; None where it is one.
 
     Raises:
         IncompatiblePlan: if a field is out of range or the sum of `max_cohort` clients does not fit 2^bits.
@@ -61,6 +59,7 @@ class SecureSum:
     max_cohort: int
     min_cohort: int
     colluders: int = 0
+    units: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("size", self.size), ("clip_norm", self.clip_norm), ("noise_multiplier", self.noise_multiplier)):
@@ -75,6 +74,8 @@ class SecureSum:
             raise IncompatiblePlan(
                 f"{self.bits} bits must hold a sum of {self.max_cohort} rounded vectors and be at most {_MAX_BITS}: change bits"
             )
+        if (self.units or 1) * math.sqrt(self.padded_size) >= _EXACT:
+            raise IncompatiblePlan(f"a sum over {self.units} units in {self.padded_size} dimensions is not exact in float64")
 
     @property
     def padded_size(self) -> int:
@@ -90,12 +91,12 @@ class SecureSum:
     def scale(self) -> float:
         """s, lattice points per unit: as fine as coordinates of the largest sum fit 2^bits.
 
-        The variance of a rotated coordinate is c^2 n^2 / d from contributions, n (z c)^2 / shares from noise and at most
-        n / 4 from rounding.
+        The variance of a rotated coordinate is c^2 u^2 / d from contributions of u units, n (z c)^2 / shares from noise and at
+        most n / 4 from rounding.
         """
         n, noise = self.max_cohort, self.noise_multiplier**2 / self.shares
         room = math.sqrt(4**self.bits - n * _DEVIATIONS**2) / (2.0 * _DEVIATIONS)
-        fits = room / math.sqrt(n * n / self.padded_size + n * noise)
+        fits = room / math.sqrt((self.units or n) ** 2 / self.padded_size + n * noise)
         return min(fits, _FINEST_SHARE / math.sqrt(noise), _LONGEST) / self.clip_norm
 
     @property
@@ -107,9 +108,13 @@ class SecureSum:
     def squared_bound(self) -> int:
         """Most that the squared L2 norm of a rounded contribution may be, lattice units.
 
-        Stochastic rounding of a vector of norm s c meets it with probability 1 - beta at least, beta = exp(-1/2).
+        Stochastic rounding of a vector of norm s c meets it with probability 1 - beta at least, beta = exp(-1/2). A sum over
+        units is rounded to the nearest integers: one unit more moves a coordinate by its own part and one step, and a little
+        for float64's rounding of products below 2^43.
         """
         norm, root = self.scale * self.clip_norm, math.sqrt(self.padded_size)
+        if self.units is not None:
+            return math.floor((norm + root * (1.0 + 2.0**-8)) ** 2)
         return math.floor(min((norm + root) ** 2, norm**2 + root**2 / 4.0 + norm + root / 2.0))
 
     @property
@@ -155,16 +160,6 @@ class DistributedMechanism(ABC):
             raise PrivacyError(f"need rounds >= 1, 0 < delta < 1, 0 < q <= 1; got {rounds}, {delta}, {sampling_rate}")
         curve = self.rdp(_ORDERS) if sampling_rate == 1.0 else subsampled_rdp(self.rdp(_ORDERS), sampling_rate)
         return float(compute_epsilon(_ORDERS, rounds * curve, delta)[0])
-
-    @property
-    def statement(self) -> str:
-        """What the guarantee rests on, in a sentence for the privacy statement."""
-        return (
-            f"every client adds {self.name} noise of standard deviation {self.total.share_std:.4g} to integers of norm at most "
-            f"{self.total.l2:.5g}; only the sum modulo 2^{self.total.bits} is seen, and {self.total.shares} of its noise shares "
-            f"are honest (at least {self.total.min_cohort} clients, at most {self.total.colluders} of them colluding); protected "
-            "is a client's contribution against its replacement by zeros"
-        )
 
 
 @final
@@ -221,32 +216,3 @@ def subsampled_rdp(curve: NDArray[np.float64], sampling_rate: float) -> NDArray[
     terms = np.where(j <= a, choose + (a - j) * keep + j * take + (j - 1.0) * curve, -np.inf)
     first = (orders - 1.0) * keep + np.log1p((orders - 1.0) * sampling_rate)  # j = 0 and 1
     return np.asarray(logsumexp(np.column_stack((first, terms)), axis=1) / (orders - 1.0), dtype=np.float64)
-
-
-@lru_cache(maxsize=16)
-def calibrate_secure_sum(
-    total: SecureSum,
-    mechanism: type[DistributedMechanism],
-    *,
-    epsilon: float,
-    delta: float,
-    rounds: int,
-    sampling_rate: float = 1.0,
-) -> SecureSum:
-    """`total` with the least noise multiplier (to 1e-4, from above) whose `rounds` releases cost at most `epsilon`.
-
-    Raises:
-        IncompatiblePlan: if none does; with few bits, more noise only makes the lattice coarser.
-    """
-
-    def at(step: int) -> SecureSum:
-        return replace(total, noise_multiplier=math.exp(step * _STEP) / 128.0)
-
-    def affordable(step: int) -> bool:
-        return mechanism(at(step)).epsilon(rounds=rounds, delta=delta, sampling_rate=sampling_rate) <= epsilon
-
-    if not affordable(_STEPS):
-        raise IncompatiblePlan(
-            f"no noise up to z = 2^14 gives epsilon {epsilon:g} over {rounds} rounds on {total.bits} bits: raise bits or epsilon"
-        )
-    return at(bisect_left(range(_STEPS), True, key=affordable))

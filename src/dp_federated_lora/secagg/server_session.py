@@ -86,6 +86,17 @@ class ServerSession:
             message = Masked(VERSION, self.terms.context, b"")
         self._received[sender] = message
 
+    @property
+    def total(self) -> SecureTotal:
+        """The opened sum.
+
+        Raises:
+            SecureSumAborted: if it is not open yet.
+        """
+        if self.result is None:
+            raise SecureSumAborted("the sum is not open yet")
+        return self.result
+
     def waiting_for(self) -> set[str]:
         """Who has not answered yet."""
         return self._expected - self._received.keys()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Final, final
 
 import msgspec
@@ -165,3 +165,36 @@ def degree_for(clients: int, *, corrupt: float, dropped: float, sigma: int = 40,
         if (opened & lost).any():
             return degree, int(thresholds[opened & lost][0])
     raise IncompatiblePlan(f"{clients} clients, {corrupt:.0%} corrupt and {dropped:.0%} dropped: everybody has to be a neighbour")
+
+
+@lru_cache(maxsize=64)
+def circle_for(clients: int, *, corrupt: int, dropped: int, sigma: int = 40, eta: int = 30) -> tuple[int | None, int]:
+    """The least even number of neighbours, and how many of a neighbourhood may be corrupt, for `Terms` of that many clients.
+
+    Union bounds over clients of hypergeometric tails: that a neighbourhood has more corrupt clients than that (2^-sigma), that no
+    neighbour is honest and stays (2^-sigma), and that fewer stay than the threshold of `Terms` (2^-eta). The threshold is larger
+    than that of `degree_for`, as neighbours also sign one list of survivors.
+
+    Args:
+        clients: of the cohort.
+        corrupt: clients that act with the server, at most.
+        dropped: clients that drop out, at most.
+        sigma: bits of security.
+        eta: bits of correctness.
+
+    Returns:
+        `degree` and `corrupt` of `Terms`; (None, corrupt), everybody a neighbour, where no circle does.
+    """
+    others, secure, correct = clients - 1, sigma * np.log(2.0) + np.log(clients), eta * np.log(2.0) + np.log(clients)
+    for degree in range(2, others, 2):
+        if hypergeom.logpmf(degree, others, min(corrupt + dropped, others), degree) > -secure:
+            continue
+        near = np.arange(degree + 1)
+        within = np.flatnonzero(hypergeom.logsf(near - 1, others, corrupt, degree) < -secure)  # a client itself counts, too
+        if not within.size:
+            continue
+        bad = int(within[0])
+        threshold = (degree + 1 + bad) // 2 + 1
+        if hypergeom.logcdf(threshold - 2, others, others - dropped, degree) < -correct:  # of neighbours beside oneself
+            return degree, bad
+    return None, corrupt
