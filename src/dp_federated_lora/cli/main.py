@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dp_federated_lora.cli import accounts, bench, network
+from dp_federated_lora.cli import accounts, audit_log, bench, network
 from dp_federated_lora.cli.terminal import AsJson, RunPath, print_json, show
 from dp_federated_lora.errors import DpflError, RunInterrupted
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(accounts.app)
+app.add_typer(audit_log.app)
 app.add_typer(network.app)
 app.add_typer(bench.app, name="bench")
 

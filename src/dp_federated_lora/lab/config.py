@@ -405,8 +405,12 @@ def parse_config(raw: dict[str, Any], *, where: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
-        raise ConfigError(f"{where} cannot be used:\n" + "\n".join(f"  {line}" for line in lines)) from error
+        raise ConfigError(f"{where} cannot be used:{explained(error)}") from error
+
+
+def explained(error: ValidationError) -> str:
+    """Every key at fault and why, each on a line of its own after a line break."""
+    return "".join(f"\n  {_explain(detail)}" for detail in error.errors())
 
 
 def _explain(detail: Any) -> str:

@@ -239,6 +239,11 @@ class Run:
                     self._log.warning("budget exhausted", reason=self._stopped)
                     break
 
+    @property
+    def published(self) -> int:
+        """Rounds whose adapter is published."""
+        return self._state.round
+
     def spent(self) -> Spend:
         """What the ledger has charged."""
         return self._ledger.spent()

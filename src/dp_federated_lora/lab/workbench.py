@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast, final
@@ -364,7 +364,13 @@ class Workbench:
         return read_table(resolve(self.config.data.train, sha256=self.config.data.train_sha256))
 
     def clients(self, plan: PrivacyPlan, memory: ClientMemory | None = None) -> list[Client]:
-        """The simulated participants: the training table, partitioned; `memory` is where they keep state, if they do.
+        """The simulated participants; `memory` is where they keep state, if they do. Errors are those of `tables`."""
+        names = participant_names(self.config)
+        members = enumerate(zip(names, self.tables(), strict=True))
+        return [self.client(plan, name, number, table, memory) for number, (name, table) in members]
+
+    def tables(self) -> Iterator[Table]:
+        """The training table, partitioned among participants.
 
         Raises:
             ConfigError: if the table yields another number of clients than declared.
@@ -383,9 +389,7 @@ class Workbench:
             parts = dirichlet(whole.labels or (), federation.clients, federation.alpha, self.config.run.seed)
         else:
             parts = iid(len(table), federation.clients, self.config.run.seed)
-        names = participant_names(self.config)
-        members = enumerate(zip(names, parts, strict=True))
-        return [self.client(plan, name, number, _rows(table, part), memory) for number, (name, part) in members]
+        yield from (_rows(table, part) for part in parts)
 
     def client(self, plan: PrivacyPlan, name: str, number: int, table: Table, memory: ClientMemory | None = None) -> Client:
         """Participant `number`, from 0 on, with its own `table`."""

@@ -1,0 +1,145 @@
+"""The coordinator's side of secure sums: an `Exchange` whose participants are sites behind a link."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn, Protocol, final
+
+import torch
+from torch import Tensor
+
+from dp_federated_lora.errors import IncompatiblePlan, MessageRefused, SecureSumAborted
+from dp_federated_lora.federated import Request, Sites, terms_of
+from dp_federated_lora.files import write_durably
+from dp_federated_lora.monitoring.log import RunLog
+from dp_federated_lora.network.messages import VERSION, Answered, Asked, Failed, encode, from_site
+from dp_federated_lora.privacy import BoundedSum, PrivacyPlan, Released, SecureRandom
+from dp_federated_lora.runtime import encode_request
+from dp_federated_lora.secagg import STAGES, ServerSession
+
+
+class Link(Protocol):
+    """Carries bytes to sites and back; it may lose, repeat or reorder them, but never say the wrong sender."""
+
+    def send(self, site: str, data: bytes) -> None:
+        """Send to a site; returns at once."""
+
+    def receive(self, timeout: float) -> tuple[str, bytes] | None:
+        """The next message and who sent it, or None after so many seconds.
+
+        Raises:
+            RunInterrupted: if the run is to stop.
+        """
+
+
+@final
+class SiteExchange:
+    """Secure sums of sites.
+
+    A step of a sum ends when all have answered or at its deadline. Who was in each step is on disk before the next begins, so
+    that a coordinator that died continues the same sum, whose answers sites send again.
+
+    Args:
+        run: name of the run.
+        names: all sites, in the order of participants.
+        plan: of the run.
+        roster: public signing keys by name.
+        link: to the sites.
+        folder: where the members of steps are kept.
+        deadline: seconds for one step.
+        log: of the run.
+        again: seconds after which who has not answered is asked again: messages get lost, and sites answer the same twice.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        names: Sequence[str],
+        plan: PrivacyPlan,
+        *,
+        roster: Mapping[str, str],
+        link: Link,
+        folder: Path,
+        deadline: float,
+        log: RunLog,
+        again: float = 5.0,
+    ) -> None:
+        self.names = tuple(names)
+        self._run, self._plan, self._roster, self._link = run, plan, roster, link
+        self._folder, self._deadline, self._again = folder, deadline, again
+        self._log = log
+
+    def __call__(self, request: Request, clients: Sequence[int], rng: SecureRandom) -> Iterator[BoundedSum]:
+        """Refused: sums without noise never leave a site."""
+        _refuse()
+
+    def reports(self, request: Request, sites: Sites) -> Iterator[Released]:
+        """Refused: sites take part in secure sums alone."""
+        _refuse()
+
+    def opened(self, request: Request, sites: Sites, members: Sequence[str], *, size: int) -> Tensor:
+        """A secure sum of sites; each charges its own ledger, and draws its own noise."""
+        streams = "".join(sites[name][1].commitment for name in members)
+        sum_id = hashlib.sha256(f"{self._run} {request.purpose.value} {streams}".encode()).hexdigest()
+        sent = encode_request(request)
+        roster = {name: self._roster[name] for name in members}
+        terms = terms_of(request, self._plan, size=size, sum_id=sum_id, sent=sent, roster=roster)
+        server, messages = ServerSession(terms), dict.fromkeys(members, b"")
+        for stage in range(len(STAGES)):
+            asked = {
+                name: encode(Asked(VERSION, self._run, sum_id, tuple(members), stage, sent if stage == 0 else b"", body))
+                for name, body in messages.items()
+            }
+            self._step(server, sum_id, stage, asked)
+            messages = server.advance()
+        return torch.from_numpy(server.total.integers.astype("int64"))
+
+    def _step(self, server: ServerSession, sum_id: str, stage: int, asked: Mapping[str, bytes]) -> None:
+        """Ask, and take answers until all that can come are there; then write down who answered."""
+        before = self._members_of(sum_id, stage)
+        missing = set(asked) if before is None else set(before)
+        answered: list[str] = []
+        deadline, again = time.monotonic() + self._deadline, 0.0
+        while missing and (now := time.monotonic()) < deadline:
+            if now >= again:
+                for name in sorted(missing):
+                    self._link.send(name, asked[name])
+                again = now + self._again
+            received = self._link.receive(max(min(again, deadline) - now, 0.0))
+            if received is None or received[0] not in missing:
+                continue
+            name, data = received
+            try:
+                match from_site(data):
+                    case Answered(run=self._run, sum_id=own, stage=which, body=body) if (own, which) == (sum_id, stage):
+                        server.receive(name, body)
+                        answered.append(name)
+                        missing.discard(name)
+                    case Failed(run=self._run, sum_id=own, stage=which, reason=reason) if (own, which) == (sum_id, stage):
+                        self._log.warning("a site left a secure sum", site=name, reason=reason)
+                        missing.discard(name)
+            except (MessageRefused, SecureSumAborted) as error:
+                self._log.warning("an answer was refused", site=name, reason=str(error))
+        if before is not None and sorted(answered) != sorted(before):
+            raise SecureSumAborted(f"of {len(before)} who answered step {stage} before, {len(answered)} answered it again")
+        if before is None:
+            write_durably(self._file(sum_id, stage), "\n".join(sorted(answered)).encode())
+
+    def _members_of(self, sum_id: str, stage: int) -> list[str] | None:
+        """Who answered a step before this coordinator died; None if nobody knows."""
+        file = self._file(sum_id, stage)
+        return file.read_text(encoding="utf-8").split("\n") if file.exists() else None
+
+    def _file(self, sum_id: str, stage: int) -> Path:
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for other in self._folder.iterdir():
+            if not other.name.startswith(sum_id):
+                other.unlink()
+        return self._folder / f"{sum_id}-{stage}"
+
+
+def _refuse() -> NoReturn:
+    raise IncompatiblePlan('sites take part in secure sums alone: submit a configuration with privacy.trust = "distributed"')

@@ -1,0 +1,211 @@
+"""A site's part in one run: messages in, messages out, no socket. It checks everything itself and charges its own ledgers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dp_federated_lora.data import read_table, resolve
+from dp_federated_lora.errors import DpflError, MessageRefused, PolicyRefused
+from dp_federated_lora.federated import ClientMemory, Purpose, Request, RoundKeyFile, noise_of, share, size_of, terms_of
+from dp_federated_lora.files import write_durably
+from dp_federated_lora.lab.config import Config, parse_config_text
+from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.monitoring.log import open_log
+from dp_federated_lora.network.messages import VERSION, Answered, Asked, Failed, Offered
+from dp_federated_lora.network.offer import Offer, model_id
+from dp_federated_lora.network.policy import SitePolicy
+from dp_federated_lora.network.sums import SumFolder
+from dp_federated_lora.privacy import Ledger, SecureRandom
+from dp_federated_lora.runtime import decode_request
+from dp_federated_lora.secagg import STAGES, ClientSession, Terms
+from dp_federated_lora.signing import SigningKey
+
+_MASK: Final = STAGES.index("mask")
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteFacts:
+    """What a site is and holds, whatever the run.
+
+    Args:
+        name: of the site.
+        key: its signing key.
+        roster: public signing keys of all sites, from its own kit.
+        folder: where its state is kept.
+        source: its own data, as `resolve` takes it.
+        data_set: what its policy calls them.
+        policy: what it takes part in.
+        threads: cores to compute on; None for all.
+    """
+
+    name: str
+    key: SigningKey
+    roster: Mapping[str, str]
+    folder: Path
+    source: str
+    data_set: str
+    policy: SitePolicy
+    threads: int | None = None
+
+
+@final
+class SiteRun:
+    """One run that a site has joined.
+
+    Everything that binds is the site's own: the plan that it calculates from the configuration, its policy, its ledgers, its
+    roster. The model is loaded once and kept.
+
+    Args:
+        facts: of the site.
+        offered: the run.
+
+    Raises:
+        PolicyRefused: if the site does not take part, with every reason.
+        DpflError: if the configuration, the model or the data cannot be used here, or the ledgers cannot be opened.
+    """
+
+    def __init__(self, facts: SiteFacts, offered: Offered) -> None:
+        self._facts, self._offered = facts, offered
+        config = _own(parse_config_text(offered.config, where=f"the configuration of run {offered.run}"), facts)
+        self._plan = privacy_plan(config)
+        _require_alike(facts, offered, config)
+        offer = Offer.of(config, model=offered.model, submitter=offered.submitter, data_set=facts.data_set)
+        facts.policy.admit(offer)  # before anything is fetched or read on somebody's word
+        model = model_id(resolve(config.model.source, sha256=config.model.sha256))
+        if model != offered.model:
+            raise PolicyRefused(
+                f"the base model at the coordinator is {offered.model[:12]}, here {model[:12]}: both sides need the same files"
+            )
+        self._lifetime = facts.policy.open_ledgers(facts.folder / "lifetime.sqlite", offer)
+        self._folder = facts.folder / "runs" / offered.run
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._ledger = Ledger.open(self._folder / "ledger.sqlite", budget=self._plan.budget, owner=facts.name)
+        self._seed = config.run.insecure_seed
+        self._bench = Workbench.of(config)
+        memory = ClientMemory(self._folder / "clients")
+        number = offered.sites.index(facts.name)
+        table = read_table(resolve(facts.source))
+        self._client = self._bench.client(self._plan, facts.name, number, table, memory)
+        self._bench.learner.prepare(self._client.examples, self._client.held_out)
+        self._log = open_log(self._folder / "run.log", run=offered.run)
+
+    def answer(self, message: Asked) -> Answered | Failed:
+        """The answer to one step of a secure sum; the same again if it is asked again.
+
+        Refusals and errors of this software are answered by their reason, which names public facts alone; anything else is a
+        defect, whose text could hold data and stays here.
+        """
+        try:
+            body = self._answered(message)
+        except DpflError as error:
+            self._log.warning("out of a secure sum", reason=str(error))
+            return Failed(VERSION, message.run, message.sum_id, message.stage, str(error))
+        return Answered(VERSION, message.run, message.sum_id, message.stage, body)
+
+    def _answered(self, message: Asked) -> bytes:
+        if message.stage == 0:  # refused before anything is kept of it
+            self._terms(message, decode_request(message.request), message.request)
+        folder = SumFolder.begin(self._folder / "sums", message)
+        if (known := folder.answered(message)) is not None:
+            return known
+        sent = folder.request
+        request = decode_request(sent)
+        terms = self._terms(message, request, sent)
+        session = ClientSession(self._facts.name, terms, self._facts.key)
+        if folder.session:
+            session = ClientSession.from_bytes(folder.session, terms, self._facts.key)
+        integers = self._integers(request, folder) if message.stage == _MASK else None
+        answer = session.answer(message.body, integers)
+        folder.keep(message, session.to_bytes(), answer)
+        return answer
+
+    def _terms(self, message: Asked, request: Request, sent: bytes) -> Terms:
+        """What this site agrees to about the sum, or an error with the reason why not."""
+        self._client.require_plan(request)
+        last = self._plan.rounds
+        if not 1 <= request.round <= last:
+            raise MessageRefused(f"round {request.round} of a run of {last}: there is no such round")
+        if request.clip_norm != self._plan.clip_norm and self._plan.adaptive_clip is None:
+            raise MessageRefused(f"clip norm {request.clip_norm:g} where the plan says {self._plan.clip_norm:g}")
+        strangers = [name for name in message.members if name not in self._offered.sites]
+        if strangers or self._facts.name not in message.members or len(set(message.members)) != len(message.members):
+            raise MessageRefused("members of a sum are sites of the run, once each, and whom they are named to")
+        roster = {name: self._facts.roster[name] for name in message.members}
+        size = size_of(request, self._client, self._bench.learner)
+        return terms_of(request, self._plan, size=size, sum_id=message.sum_id, sent=sent, roster=roster)
+
+    def _integers(self, request: Request, folder: SumFolder) -> NDArray[np.int64]:
+        """This site's contribution, charged to its own ledgers before its noise is drawn."""
+        _, charged = noise_of(self._plan, request.purpose)
+        stream = self._stream(request, folder)
+        purpose, number = request.purpose.value, request.round
+        for earlier in self._earlier(number):  # that a later round is asked for says that they were released
+            self._ledger.commit(earlier)
+        of_run = f"{purpose}, run {self._ledger.rows()[0].hash}"
+        lifetime = [self._lifetime[purpose]]
+        Ledger.charge_all(lifetime, charged, round=number, purpose=of_run, commitment=stream.commitment)
+        permit = self._ledger.reserve(charged, round=number, purpose=purpose, commitment=stream.commitment)
+        self._log.info("contributing", round=number, epsilon=self._ledger.spent().epsilon)
+        integers = share(request, self._client, self._bench.learner, permit=permit, rng=stream)
+        return np.asarray(integers.numpy())
+
+    def _earlier(self, number: int) -> list[int]:
+        """Serials of the last charge of each release before round `number`."""
+        last = {(row.round, row.facts["purpose"]): row.serial for row in self._ledger.rows() if row.kind == "reserve"}
+        return [serial for (round_, _), serial in last.items() if round_ < number]
+
+    def _stream(self, request: Request, folder: SumFolder) -> SecureRandom:
+        """This site's stream for a sum: from its own entropy, kept until the sum is over.
+
+        With an insecure seed it is the one that a simulator has, of the first attempt that is not charged yet.
+        """
+        if self._seed is None or folder.key.exists():
+            return RoundKeyFile(folder.key).open_round(request.round, insecure_seed=None)
+        attempt, purpose = 0, request.purpose
+        while True:
+            key = SecureRandom.insecure_from(self._seed).derive("round", request.round, *([attempt] if attempt else []))
+            key = key if purpose is Purpose.TRAINING else key.derive(purpose.value)
+            stream = key.derive("site", self._facts.name)
+            if stream.commitment not in self._ledger.commitments:
+                write_durably(folder.key, f"{request.round}\n".encode() + stream.export_key(), mode=0o600)
+                return stream
+            attempt += 1
+
+    def end(self) -> None:
+        """Nothing more will be asked; what was charged is on disk already."""
+        self._log.info("run ended", epsilon=self._ledger.spent().epsilon)
+
+
+def software() -> str:
+    """Version of this package; sites and coordinator run the same."""
+    return version("dp-federated-lora-lab")
+
+
+def _own(config: Config, facts: SiteFacts) -> Config:
+    """The configuration without what would touch this machine's files or cores by somebody else's word."""
+    run = config.run.model_copy(update={"out": str(facts.folder), "cache": None, "threads": facts.threads})
+    return config.model_copy(update={"run": run, "ledger": None})
+
+
+def _require_alike(facts: SiteFacts, offered: Offered, config: Config) -> None:
+    """Both sides have the same software, model and list of sites; errors name both."""
+    reasons = []
+    if offered.software != software():
+        reasons.append(f"the coordinator runs version {offered.software}, this site {software()}: install the same")
+    sites = offered.sites
+    if len(set(sites)) != len(sites) or len(sites) != config.federation.clients or facts.name not in sites:
+        reasons.append(f"{len(sites)} sites are asked, for a plan of {config.federation.clients} participants with this one")
+    if strangers := [name for name in sites if name not in facts.roster]:
+        reasons.append(f"{strangers[0]} is not in the roster of this site's kit: get a newer kit, or refuse that site")
+    if config.privacy.trust != "distributed":
+        reasons.append('over a network contributions are added by secure aggregation: privacy.trust = "distributed"')
+    if reasons:
+        raise PolicyRefused("; ".join(reasons))

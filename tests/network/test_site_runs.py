@@ -1,0 +1,302 @@
+"""Sites and a coordinator that exchange bytes: the same adapter as the simulator, and nothing lost or spent twice by deaths."""
+
+from __future__ import annotations
+
+import random
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from msgspec import structs
+
+from dp_federated_lora import train
+from dp_federated_lora.errors import BudgetExhausted, DpflError, IncompatiblePlan, PolicyRefused
+from dp_federated_lora.federated import size_of, terms_of
+from dp_federated_lora.lab.config import Config, parse_config
+from dp_federated_lora.lab.ledgers import ledgers_at
+from dp_federated_lora.lab.run import TrainResult
+from dp_federated_lora.lab.workbench import privacy_plan
+from dp_federated_lora.network.messages import Answered, Asked, Failed
+from dp_federated_lora.network.site_run import SiteRun
+from dp_federated_lora.runtime import decode_request, encode_request
+from dp_federated_lora.secagg import ServerSession
+from federation import RUN, LocalLink, Sites, a_policy, adapter_bytes, coordinate, exchange_of
+
+Raw = dict[str, dict[str, object]]
+
+
+def networked(raw: Raw, **run: object) -> Config:
+    raw["federation"] = {"clients": 5, "partition": "iid"}
+    raw["privacy"] |= {"trust": "distributed", "rounds": 3}
+    raw["secure_sum"] = {"colluders": 0, "dropouts": 0.2}
+    raw["run"] |= {"insecure_seed": 7, "threads": 1} | run
+    return parse_config(raw, where="test")
+
+
+@pytest.mark.parametrize("unit", ["example", "client"])
+def test_simulator_and_sites_behind_a_link_give_the_same_adapter_to_the_bit(unit: str, request: pytest.FixtureRequest, tmp_path):
+    raw = request.getfixturevalue("raw_config" if unit == "example" else "client_config")
+    raw["evaluation"] = {"epsilon": 1.0, "every": 2, "holdout": 0.3}
+    config = networked(raw)
+    simulated = train(config, out=tmp_path / "simulated")
+    sites = Sites(config, tmp_path / "sites")
+    over_link = coordinate(config, sites, LocalLink(sites), tmp_path / "linked")
+    assert adapter_bytes(simulated.path) == adapter_bytes(over_link.path)
+    assert (simulated.path / "metrics.jsonl").read_bytes() == (over_link.path / "metrics.jsonl").read_bytes()
+    for name in sites.keys:
+        (ledger,) = ledgers_at(str(tmp_path / "sites" / name / "runs" / "run-1" / "ledger.sqlite"))
+        assert ledger.spent().charges == 4  # three rounds and one evaluation
+        assert ledger.spent().epsilon == over_link.epsilon
+
+
+# --- deaths and a link that loses, repeats and reorders ------------------------------------------------
+
+
+class Dead(Exception):
+    """The coordinator is killed."""
+
+
+class Chaos:
+    """Answers are lost, repeated and held back by a generator's choice; sites die before or after they answer."""
+
+    def __init__(self, seed: int, *, sites_die: bool = True) -> None:
+        self.draw = random.Random(seed)
+        self.sites_die, self.held = sites_die, list[tuple[str, bytes]]()
+        self.link: LocalLink | None = None
+        self.deaths = 0
+
+    def __call__(self, site: str, message: Asked, answers: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+        assert self.link is not None
+        if self.sites_die and self.draw.random() < 0.1:
+            self.deaths += 1
+            self.link.sites.runs[site] = self.link.sites.join(site)
+            if self.draw.random() < 0.5:
+                return []  # it died before the answer left
+        sent = [answer for answer in answers for _ in range(self.draw.choice([0, 1, 1, 1, 2]))] + self.held
+        self.held = [answer for answer in sent if self.draw.random() < 0.2]
+        sent = [answer for answer in sent if answer not in self.held]
+        self.draw.shuffle(sent)
+        return sent
+
+
+class Killer:
+    """Kills the coordinator when it sends or has received its n-th message."""
+
+    def __init__(self, link: LocalLink, at: int) -> None:
+        self.link, self.left = link, at
+
+    def send(self, site: str, data: bytes) -> None:
+        self.count()
+        self.link.send(site, data)
+
+    def receive(self, timeout: float) -> tuple[str, bytes] | None:
+        self.count()
+        return self.link.receive(timeout)
+
+    def count(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Dead
+
+
+def charges_of(folder: Path, name: str) -> int:
+    (ledger,) = ledgers_at(str(folder / name / "runs" / RUN / "ledger.sqlite"))
+    return ledger.spent().charges
+
+
+@pytest.fixture
+def undisturbed(raw_config: Raw, tmp_path: Path) -> tuple[Config, dict[str, bytes]]:
+    config = networked(raw_config)
+    sites = Sites(config, tmp_path / "undisturbed-sites")
+    result = coordinate(config, sites, LocalLink(sites), tmp_path / "undisturbed")
+    return config, dict(adapter_bytes(result.path))
+
+
+def test_lost_repeated_and_late_answers_and_deaths_of_sites_change_nothing(undisturbed, tmp_path: Path):
+    config, expected = undisturbed
+    chaos = Chaos(1)
+    sites = Sites(config, tmp_path / "sites")
+    chaos.link = link = LocalLink(sites, chaos)
+    result = coordinate(config, sites, link, tmp_path / "out", deadline=60.0)
+    assert adapter_bytes(result.path) == expected
+    assert chaos.deaths > 3
+    assert [charges_of(tmp_path / "sites", name) for name in sites.keys] == [3] * 5
+
+
+def killed_again_and_again(config: Config, tmp_path: Path, points: list[int]) -> tuple[Sites, TrainResult]:
+    sites = Sites(config, tmp_path / "sites")
+    for point in points:
+        with suppress(Dead):
+            coordinate(config, sites, Killer(LocalLink(sites), point), tmp_path / "out")
+    return sites, coordinate(config, sites, LocalLink(sites), tmp_path / "out")
+
+
+def test_a_coordinator_that_is_killed_goes_on_with_the_same_sum(undisturbed, tmp_path: Path):
+    config, expected = undisturbed
+    sites, result = killed_again_and_again(config, tmp_path, [3, 11, 19, 27, 33, 48, 55, 61])
+    assert adapter_bytes(result.path) == expected
+    assert [charges_of(tmp_path / "sites", name) for name in sites.keys] == [3] * 5
+    (ledger,) = ledgers_at(str(tmp_path / "out"))
+    assert (ledger.spent().charges, ledger.spent().released) == (3, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100))
+def test_any_kill_of_the_coordinator_among_any_chaos_gives_the_undisturbed_adapter(undisturbed, tmp_path: Path, seed: int):
+    config, expected = undisturbed
+    chaos = Chaos(seed)
+    sites = Sites(config, tmp_path / "sites")
+    chaos.link = link = LocalLink(sites, chaos)
+    for _ in range(3):
+        with suppress(Dead):
+            coordinate(config, sites, Killer(link, chaos.draw.randrange(1, 200)), tmp_path / "out", deadline=60.0)
+    result = coordinate(config, sites, link, tmp_path / "out", deadline=60.0)
+    assert adapter_bytes(result.path) == expected
+    assert [charges_of(tmp_path / "sites", name) for name in sites.keys] == [3] * 5
+
+
+def test_a_site_that_stays_away_costs_its_share_and_too_many_cost_the_charge(raw_config: Raw, tmp_path: Path):
+    config = networked(raw_config)
+    away: set[str] = {"client-3"}
+    sites = Sites(config, tmp_path / "sites")
+    link = LocalLink(sites, lambda site, message, answers: [] if site in away else answers)
+    result = coordinate(config, sites, link, tmp_path / "one-away", deadline=0.2)
+    assert result.rounds == 3
+    away.add("client-1")
+    others = Sites(config, tmp_path / "others")
+    link = LocalLink(others, lambda site, message, answers: [] if site in away else answers)
+    with pytest.raises(BudgetExhausted):
+        coordinate(config, others, link, tmp_path / "two-away", deadline=0.2)
+    (ledger,) = ledgers_at(str(tmp_path / "two-away"))
+    assert (ledger.spent().charges, ledger.spent().released) == (3, 0)
+
+
+# --- a coordinator that lies ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site(raw_config: Raw, tmp_path: Path) -> tuple[Sites, SiteRun, Asked]:
+    """Sites, one of them, and the first step of an honest sum."""
+    config = networked(raw_config)
+    sites = Sites(config, tmp_path / "sites")
+    asked: list[Asked] = []
+
+    def note(name: str, message: Asked, answers: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+        asked.append(message)
+        raise Dead
+
+    with pytest.raises(Dead):
+        coordinate(config, sites, LocalLink(sites, note), tmp_path / "out")
+    return sites, sites.runs["client-1"], asked[0]
+
+
+def reason(answer: Answered | Failed) -> str:
+    assert isinstance(answer, Failed)
+    return answer.reason
+
+
+def lying(message: Asked, **changes: object) -> Asked:
+    """The same step of another sum with another request."""
+    request = replace(decode_request(message.request), **changes)
+    return structs.replace(message, sum_id="ab" * 32, request=encode_request(request))
+
+
+def test_a_lying_coordinator_is_refused_by_the_site_with_the_reason(site):
+    sites, run, message = site
+    assert "there is no such round" in reason(run.answer(lying(message, round=4)))
+    assert "clip norm 100" in reason(run.answer(lying(message, clip_norm=100.0)))
+    assert "agreed to plan" in reason(run.answer(lying(message, plan_id="0" * 64)))
+    few, strangers = message.members[:2], (*message.members[:4], "mallory")
+    assert "2 members of a sum that is planned for 5" in reason(
+        run.answer(structs.replace(message, sum_id="cd" * 32, members=few))
+    )
+    assert "once each" in reason(run.answer(structs.replace(message, sum_id="ce" * 32, members=strangers)))
+    assert "begun anew" in reason(run.answer(structs.replace(message, sum_id="cf" * 32, stage=2)))
+    assert "not a request" in reason(run.answer(structs.replace(message, sum_id="da" * 32, request=b"\x00" * 50)))
+    assert charges_of(sites.folder, "client-1") == 0
+
+
+def test_one_sum_has_one_request_and_one_answer_to_each_step(site):
+    _, run, message = site
+    first = run.answer(message)
+    assert isinstance(first, Answered)
+    assert run.answer(message) == first
+    assert "begun with" in reason(run.answer(structs.replace(lying(message, round=2), sum_id=message.sum_id)))
+    assert "begun with" in reason(run.answer(structs.replace(message, members=message.members[::-1])))
+    assert "one before" in reason(run.answer(structs.replace(message, stage=2)))
+    assert "another message" in reason(run.answer(structs.replace(message, body=b"x")))
+
+
+def masked(sites: Sites, message: Asked, sum_id: str) -> bytes:
+    """What client-1 gives as masked integers in an honest sum of that name."""
+    roster = {name: sites.roster[name] for name in message.members}
+    plan, request = privacy_plan(sites.config), decode_request(message.request)
+    run = sites.runs["client-1"]
+    size = size_of(request, run._client, run._bench.learner)
+    server = ServerSession(terms_of(request, plan, size=size, sum_id=sum_id, sent=message.request, roster=roster))
+    bodies = dict.fromkeys(message.members, b"")
+    for stage in range(3):
+        for name, body in bodies.items():
+            asked = structs.replace(
+                message, sum_id=sum_id, stage=stage, request=message.request if stage == 0 else b"", body=body
+            )
+            answer = sites.runs[name].answer(asked)
+            assert isinstance(answer, Answered), answer
+            if (name, stage) == ("client-1", 2):
+                return answer.body
+            server.receive(name, answer.body)
+        bodies = server.advance()
+    raise AssertionError
+
+
+def test_a_round_asked_for_again_is_charged_again_until_nothing_is_left(site):
+    sites, run, message = site
+    for number in range(1, 4):
+        masked(sites, message, f"{number:064x}")
+        assert charges_of(sites.folder, "client-1") == number
+    with pytest.raises(AssertionError, match="over the budget"):
+        masked(sites, message, f"{4:064x}")
+    assert charges_of(sites.folder, "client-1") == 3
+    assert run._ledger.spent().epsilon <= 8.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"software": "9.9"}, "install the same"),
+        ({"model": "ab" * 32}, "plan.models"),
+        ({"submitter": "mallory"}, "people.submit"),
+        ({"sites": ("client-0", "client-1")}, "2 sites are asked, for a plan of 5"),
+        ({"sites": ("client-0", "client-1", "client-2", "client-3", "mallory")}, "mallory is not in the roster"),
+        ({"config": "x = "}, "not valid TOML"),
+        ({"config": ""}, "missing"),
+    ],
+)
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(raw_config: Raw, tmp_path: Path, changes, match: str):
+    sites = Sites(networked(raw_config), tmp_path / "sites")
+    with pytest.raises(DpflError, match=match):
+        SiteRun(sites.facts("client-1"), sites.offered(**changes))
+
+
+def test_central_trust_and_a_policy_that_asks_for_more_noise_are_refused_with_the_numbers(raw_config: Raw, tmp_path: Path):
+    config = networked(raw_config)
+    sites = Sites(config, tmp_path / "sites")
+    facts = replace(sites.facts("client-1"), policy=a_policy(config, min_noise_multiplier=99.0, max_epsilon=1.0))
+    with pytest.raises(PolicyRefused, match=r"max_epsilon.*\n.*min_noise_multiplier") as refused:
+        SiteRun(facts, sites.offered())
+    assert "99" in str(refused.value)
+    raw_config["privacy"]["trust"] = "central"
+    del raw_config["secure_sum"]
+    with pytest.raises(PolicyRefused, match='privacy.trust = "distributed"'):
+        SiteRun(sites.facts("client-1"), sites.offered(config=parse_config(raw_config, where="test").to_toml()))
+
+
+def test_sums_without_noise_and_reports_are_not_asked_of_sites(raw_config: Raw, tmp_path: Path):
+    config = networked(raw_config)
+    sites = Sites(config, tmp_path / "sites")
+    exchange = exchange_of(config, sites, LocalLink(sites), tmp_path)
+    with pytest.raises(IncompatiblePlan, match="secure sums alone"):
+        exchange(None, [0], None)  # type: ignore[arg-type]
+    with pytest.raises(IncompatiblePlan, match="secure sums alone"):
+        exchange.reports(None, {})  # type: ignore[arg-type]
