@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
+from typing import final
 
-from dp_federated_lora.errors import StorageError
+from dp_federated_lora.errors import RunError, StorageError
 
 
 def write_durably(path: Path, content: bytes, *, mode: int = 0o644) -> None:
@@ -38,3 +40,29 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@final
+class FolderLock:
+    """Lets one process at a time work in a folder; held until `release` or the end of the process.
+
+    Args:
+        folder: that exists.
+
+    Raises:
+        RunError: if another process holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._descriptor)
+            raise RunError(f"another process is working in {folder}; wait for it or stop it first") from error
+
+    def release(self) -> None:
+        """Let others in; a second time changes nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Self, final
 
 from dp_federated_lora.errors import RunError, StorageError
+from dp_federated_lora.files import FolderLock
 from dp_federated_lora.lab.config import Config, load_config
 
 
@@ -33,7 +32,7 @@ class RunDirectory:
         self.checkpoint = path / "state" / "checkpoint.safetensors"
         self.clients = path / "state" / "clients"
         self.round_key = path / "state" / "round.key"
-        self._lock: int | None = None
+        self._lock: FolderLock | None = None
 
     @classmethod
     def create(cls, path: Path, config: Config) -> Self:
@@ -73,14 +72,9 @@ class RunDirectory:
         return load_config(self.config)
 
     def __enter__(self) -> Self:
-        self._lock = os.open(self.path / "state" / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise RunError(f"another process is working in {self.path}; wait for it or stop it first") from error
+        self._lock = FolderLock(self.checkpoint.parent)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()

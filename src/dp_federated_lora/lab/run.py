@@ -170,12 +170,8 @@ class Run:
         self._recover()
 
     def _prepare(self, sets: list[Examples]) -> None:
-        """Compute what never changes, where an example is expected to be used more than once."""
-        steps = self._config.training.local_steps or 1
-        if self._plan.rounds * self._plan.divisor / self._config.population * steps <= 1:
-            return
-        self._bench.learner.prepare(*sets, on_progress=partial(self._on_phase, "preparing examples"))
-        self._on_phase("preparing examples", 1.0)
+        if self._bench.prepare(self._plan, *sets, on_progress=partial(self._on_phase, "preparing examples")):
+            self._on_phase("preparing examples", 1.0)
 
     def _recover(self) -> None:
         """Take up the last durable checkpoint, and publish it in the ledger if a crash came in between."""

@@ -403,6 +403,14 @@ class Workbench:
         rank = ranks[number] if ranks else None
         return Client(name, rest, plan, self.method, local_steps(self.config), held_out, tier, rank, memory)
 
+    def prepare(self, plan: PrivacyPlan, *sets: Examples, on_progress: Callable[[float], None] = lambda _: None) -> bool:
+        """Compute what never changes of examples, if one is expected to be used more than once; whether it was."""
+        steps = self.config.training.local_steps or 1
+        if plan.rounds * plan.divisor / self.config.population * steps <= 1:
+            return False
+        self.learner.prepare(*sets, on_progress=on_progress)
+        return True
+
     def test_examples(self, source: str | None = None, *, limit: int | None = None) -> Examples | None:
         """Declared-public test examples, the first `limit` of an even spread; None where none are configured."""
         source = source or self.config.data.test

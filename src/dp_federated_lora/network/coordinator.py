@@ -15,6 +15,7 @@ from typing import Any, Final, final
 from dp_federated_lora.data import resolve
 from dp_federated_lora.errors import DpflError, MessageRefused, PolicyRefused, RunError, RunInterrupted
 from dp_federated_lora.federated import RoundReport
+from dp_federated_lora.files import FolderLock
 from dp_federated_lora.lab.config import parse_config_text
 from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.run import Run
@@ -22,7 +23,7 @@ from dp_federated_lora.lab.workbench import privacy_plan
 from dp_federated_lora.monitoring.log import open_log
 from dp_federated_lora.network.administration import Order, answer_to, read_order
 from dp_federated_lora.network.audit_log import AuditLog
-from dp_federated_lora.network.connection import Connection
+from dp_federated_lora.network.connection import Connection, Inbox
 from dp_federated_lora.network.exchange import SiteExchange
 from dp_federated_lora.network.kit import Kit
 from dp_federated_lora.network.messages import VERSION, Ended, Joined, Offered, Refused, encode, from_site
@@ -31,7 +32,7 @@ from dp_federated_lora.network.parts import Assembly, cut
 from dp_federated_lora.network.project import Member
 from dp_federated_lora.network.runs import UNFINISHED, RunRecord, RunTable
 from dp_federated_lora.network.site_run import software
-from dp_federated_lora.network.subjects import FROM_ADMINISTRATORS, FROM_SITES, inbox_of
+from dp_federated_lora.network.subjects import FROM_ADMINISTRATORS, inbox_of, outbox_of
 from dp_federated_lora.network.submissions import require_submission
 
 _OFFER_AGAIN: Final = 5.0
@@ -53,6 +54,7 @@ class Coordinator:
         self, kit: Kit, *, folder: Path, database: str | None = None, deadline: float = 120.0, patience: float = 600.0
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = FolderLock(folder)
         self.kit, self._folder, self._deadline, self._patience = kit, folder, deadline, patience
         self.table = RunTable(database or folder / "runs.sqlite")
         self._audit = AuditLog.open(folder / "audit.jsonl")
@@ -96,6 +98,7 @@ class Coordinator:
                 self._work.wait_for(lambda: self._closing or self._next() is not None)
                 record = None if self._closing else self._next()
             if record is None:
+                self._lock.release()
                 return
             self._run(record)
 
@@ -214,6 +217,8 @@ class Coordinator:
                 return self._submit(person, order)
             case "stop":
                 record = self.table.get(order.run)
+                if record.stop == person:
+                    return {"run": order.run, "state": "stopping"}
                 if record.state not in UNFINISHED:
                     raise RunError(f"run {order.run} is over ({record.state}): there is nothing to stop")
                 self.table.set(order.run, stop=person)
@@ -297,22 +302,21 @@ async def serve(coordinator: Coordinator, *, ready: Callable[[], None] = lambda:
             asyncio.run_coroutine_threadsafe(publish(), loop).result()
 
         coordinator._send = send
-        sites, people = await connection.subscribe(FROM_SITES), await connection.subscribe(FROM_ADMINISTRATORS)
+        # An inbox for each site, so that one that floods its own crowds out nobody.
+        sites = {name: await connection.subscribe(outbox_of(Member("site", name))) for name in coordinator.kit.roster}
+        people = await connection.subscribe(FROM_ADMINISTRATORS)
         worker = asyncio.create_task(asyncio.to_thread(coordinator.work))
         ready()
 
-        async def hear() -> None:
-            assemblies: dict[str, Assembly] = {}
-            async for message in sites:
-                sender = message.sender
-                if sender is None or sender.name not in coordinator.kit.roster:
-                    continue
+        async def hear(site: str, inbox: Inbox) -> None:
+            parts = Assembly()
+            async for message in inbox:
                 try:
-                    whole = assemblies.setdefault(sender.name, Assembly()).take(message.data)
+                    whole = parts.take(message.data)
                 except MessageRefused:
                     continue
                 if whole is not None:
-                    coordinator.heard(sender.name, whole)
+                    coordinator.heard(site, whole)
 
         async def obey() -> None:
             async for message in people:
@@ -321,7 +325,7 @@ async def serve(coordinator: Coordinator, *, ready: Callable[[], None] = lambda:
                     answer = await asyncio.to_thread(coordinator.obey, sender.name, verb, message.data)
                     await connection.publish(inbox_of(sender), answer)
 
-        listeners = [asyncio.create_task(hear()), asyncio.create_task(obey())]
+        listeners = [asyncio.create_task(hear(*each)) for each in sites.items()] + [asyncio.create_task(obey())]
         try:
             await asyncio.wait([worker, *listeners], return_when=asyncio.FIRST_COMPLETED)
             for task in (worker, *listeners):

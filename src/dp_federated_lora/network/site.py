@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from traceback import extract_tb
 from typing import Final, final
 
 from dp_federated_lora.errors import DpflError, MessageRefused
-from dp_federated_lora.files import write_durably
+from dp_federated_lora.files import FolderLock, write_durably
 from dp_federated_lora.monitoring.log import RunLog, open_log
 from dp_federated_lora.network.audit_log import AuditLog
 from dp_federated_lora.network.connection import Connection
@@ -36,12 +37,16 @@ class Site:
         policy: what it takes part in.
         folder: where its state is kept; the same for as long as the site exists.
         threads: cores to compute on; None for all.
+
+    Raises:
+        RunError: if another process works with this folder.
     """
 
     def __init__(
         self, kit: Kit, *, source: str, data_set: str, policy: SitePolicy, folder: Path, threads: int | None = None
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = FolderLock(folder)
         self._kit = kit
         self._facts = SiteFacts(
             name=kit.member.name,
@@ -56,6 +61,10 @@ class Site:
         self._log: RunLog = open_log(folder / "site.log", run="")
         self._audit = AuditLog.open(folder / "audit.jsonl")
         self._runs: dict[str, SiteRun] = {}
+
+    def close(self) -> None:
+        """Let another process work with the folder."""
+        self._lock.release()
 
     def handle(self, data: bytes) -> bytes | None:
         """The answer to a coordinator's message; None where there is none to give."""
@@ -80,7 +89,8 @@ class Site:
         except DpflError as error:
             return self._refusal(message, str(error))
         except Exception as error:
-            self._log.error("defect", kind=type(error).__name__)
+            where = "; ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in extract_tb(error.__traceback__))
+            self._log.error("defect", kind=type(error).__name__, where=where)
             return self._refusal(message, _DEFECT)
 
     def _offered(self, message: Offered) -> FromSite:
@@ -136,14 +146,27 @@ async def serve(site: Site, kit: Kit, *, ready: Callable[[], None] = lambda: Non
         BrokerFailed: if the broker refuses this site.
     """
     member, parts = Member("site", kit.member.name), Assembly()
-    async with await Connection.connect(kit) as connection:
-        inbox = await connection.subscribe(inbox_of(member))
-        ready()
-        async for message in inbox:
-            try:
-                whole = parts.take(message.data)
-            except MessageRefused:
-                continue
-            answer = None if whole is None else await asyncio.to_thread(site.handle, whole)
-            for part in cut(answer) if answer is not None else ():
-                await connection.publish(outbox_of(member), part)
+    try:
+        async with await Connection.connect(kit) as connection:
+            inbox = await connection.subscribe(inbox_of(member))
+            ready()
+            async for message in inbox:
+                try:
+                    whole = parts.take(message.data)
+                except MessageRefused:
+                    continue
+                answer = None if whole is None else await _to_the_end(site.handle, whole)
+                for part in cut(answer) if answer is not None else ():
+                    await connection.publish(outbox_of(member), part)
+    finally:
+        site.close()
+
+
+async def _to_the_end(work: Callable[[bytes], bytes | None], message: bytes) -> bytes | None:
+    """The result of `work` in a thread; whoever cancels waits for its end, so that nobody else begins meanwhile."""
+    task = asyncio.create_task(asyncio.to_thread(work, message))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

@@ -94,7 +94,7 @@ class SiteRun:
         number = offered.sites.index(facts.name)
         table = read_table(resolve(facts.source))
         self._client = self._bench.client(self._plan, facts.name, number, table, memory)
-        self._bench.learner.prepare(self._client.examples, self._client.held_out)
+        self._bench.prepare(self._plan, self._client.examples, self._client.held_out)
         self._log = open_log(self._folder / "run.log", run=offered.run)
 
     def answer(self, message: Asked) -> Answered | Failed:
