@@ -1,12 +1,15 @@
-# Both commands do all their own set-up in a fresh clone.
+# All commands do all their own set-up in a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-network test lint clean
 
 demo: .venv/.demo
 	$(BIN)/dpfl train examples/newswire.toml --out runs/newswire-$$(date +%Y%m%d-%H%M%S)
+
+demo-network: .venv/.demo-network
+	$(BIN)/dpfl up examples/newswire-network.toml --out runs/network-$$(date +%Y%m%d-%H%M%S)
 
 test: .venv/.test lint
 	@# Two workers: more threads in each would wait for one another.
@@ -26,6 +29,10 @@ lint: .venv/.test
 
 .venv/.demo: .venv/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/.demo-network: .venv/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[network]"
 	touch $@
 
 .venv/.test: .venv/.torch pyproject.toml

@@ -12,9 +12,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from dp_federated_lora.data import iid, read_table, resolve
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.directory import RunDirectory
+from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.run import Run, TrainResult
-from dp_federated_lora.lab.workbench import participant_names, privacy_plan
+from dp_federated_lora.lab.workbench import participant_names
 from dp_federated_lora.monitoring.log import open_log
+from dp_federated_lora.monitoring.prometheus import CoordinatorMetrics, SiteMetrics
 from dp_federated_lora.network.exchange import SiteExchange
 from dp_federated_lora.network.messages import VERSION, Asked, Offered, encode, to_site
 from dp_federated_lora.network.offer import model_id
@@ -44,7 +46,7 @@ def a_policy(config: Config, **plan: object) -> SitePolicy:
         {
             "data_set": [{"name": "texts", "purposes": ["training", "evaluation"], "epsilon": 100.0, "delta": 1e-5}],
             "plan": rules | plan,
-            "people": {"submit": ["alice"], "stop": ["alice"]},
+            "people": {"submit": ["alice"]},
         }
     )
 
@@ -73,6 +75,7 @@ class Sites:
         self.roster = {name: key.public for name, key in self.keys.items()}
         self.policy = policy or a_policy(config)
         self.tables = tables_of_sites(config, folder)
+        self.metrics = {name: SiteMetrics() for name in self.keys}
         self.runs = {name: self.join(name) for name in self.keys}
 
     def facts(self, name: str) -> SiteFacts:
@@ -85,6 +88,7 @@ class Sites:
             data_set="texts",
             policy=self.policy,
             threads=1,
+            metrics=self.metrics[name],
         )
 
     def offered(self, **changes: object) -> Offered:
@@ -109,11 +113,12 @@ Fault = Callable[[str, Asked, list[tuple[str, bytes]]], list[tuple[str, bytes]]]
 
 
 class LocalLink:
-    """A link that calls the sites; `fault` may lose, repeat or change answers, and let sites die."""
+    """A link that calls the sites, with a clock of its own; `fault` may lose, repeat or change answers, and let sites die."""
 
     def __init__(self, sites: Sites, fault: Fault | None = None) -> None:
         self.sites, self.fault = sites, fault
         self.queue: deque[tuple[str, bytes]] = deque()
+        self.now = 0.0
 
     def send(self, site: str, data: bytes) -> None:
         message = to_site(data)
@@ -122,10 +127,21 @@ class LocalLink:
         self.queue.extend(self.fault(site, message, answers) if self.fault else answers)
 
     def receive(self, timeout: float) -> tuple[str, bytes] | None:
-        return self.queue.popleft() if self.queue else None
+        if self.queue:
+            return self.queue.popleft()
+        self.now += timeout  # nobody waits for what will not come
+        return None
 
 
-def exchange_of(config: Config, sites: Sites, link: LocalLink, folder: Path, *, deadline: float = 2.0) -> SiteExchange:
+def exchange_of(
+    config: Config,
+    sites: Sites,
+    link: LocalLink,
+    folder: Path,
+    *,
+    deadline: float = 60.0,
+    metrics: CoordinatorMetrics | None = None,
+) -> SiteExchange:
     return SiteExchange(
         RUN,
         list(sites.keys),
@@ -135,15 +151,26 @@ def exchange_of(config: Config, sites: Sites, link: LocalLink, folder: Path, *, 
         folder=folder / "sums",
         deadline=deadline,
         log=open_log(folder / "exchange.log", run=RUN),
-        again=0.05,
+        metrics=metrics,
+        again=5.0,
+        clock=lambda: link.now,
     )
 
 
-def coordinate(config: Config, sites: Sites, link: LocalLink, out: Path, *, deadline: float = 2.0, **run: object) -> TrainResult:
+def coordinate(
+    config: Config,
+    sites: Sites,
+    link: LocalLink,
+    out: Path,
+    *,
+    deadline: float = 60.0,
+    metrics: CoordinatorMetrics | None = None,
+    **run: object,
+) -> TrainResult:
     """A run over the link, from its start or from where it died."""
     directory = RunDirectory.existing(out) if out.exists() else RunDirectory.create(out, config)
     with directory:
-        exchange = exchange_of(config, sites, link, directory.checkpoint.parent, deadline=deadline)
+        exchange = exchange_of(config, sites, link, directory.checkpoint.parent, deadline=deadline, metrics=metrics)
         work = Run(directory, exchange=exchange, **run)  # type: ignore[arg-type]
         work.train()
         return work.write_results()

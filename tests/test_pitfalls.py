@@ -24,7 +24,8 @@ from dp_federated_lora.aggregation import FFA, Sgd
 from dp_federated_lora.errors import CheckpointError, IncompatiblePlan, PermitMismatch, RunInterrupted, UnsupportedEvent
 from dp_federated_lora.federated import Client, Purpose, Request, RoundReport, Server, ServerState, handle
 from dp_federated_lora.lab.config import parse_config
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.monitoring.metrics import read_metrics
 from dp_federated_lora.privacy import (
     BoundedSum,

@@ -48,15 +48,16 @@ class FolderLock:
 
     Args:
         folder: that exists.
+        wait: until nobody else holds it; the system lets go for a process that dies.
 
     Raises:
-        RunError: if another process holds it.
+        RunError: if another process holds it, without waiting.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, wait: bool = False) -> None:
         self._descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self._descriptor)
             raise RunError(f"another process is working in {folder}; wait for it or stop it first") from error

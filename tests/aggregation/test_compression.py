@@ -20,7 +20,8 @@ from dp_federated_lora.federated import Purpose, Request, Server, ServerState, h
 from dp_federated_lora.lab.attackers import scores_under_attack
 from dp_federated_lora.lab.auditing import audit
 from dp_federated_lora.lab.config import parse_config
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.privacy import BoundedSum, Ledger, SecureRandom, UnitId, clip_to
 from dp_federated_lora.vector import Layout
 from plans import a_plan

@@ -218,7 +218,7 @@ def test_every_method_trains_and_its_adapter_computes_the_same_for_whoever_loads
 
 def test_optimiser_state_of_what_is_not_sent_stays_as_it_is(raw_config: Raw):
     from dp_federated_lora.federated import Server
-    from dp_federated_lora.lab.workbench import privacy_plan
+    from dp_federated_lora.lab.plans import privacy_plan
 
     bench, _ = bench_of(raw_config, "rolora")
     server, state = Server.of(bench.model, privacy_plan(bench.config), bench.method, Adam(0.1))
@@ -230,7 +230,7 @@ def test_optimiser_state_of_what_is_not_sent_stays_as_it_is(raw_config: Raw):
 
 def test_bytes_count_what_goes_down_and_up(client_config: Raw):
     from dp_federated_lora.federated import Server
-    from dp_federated_lora.lab.workbench import privacy_plan
+    from dp_federated_lora.lab.plans import privacy_plan
 
     # Rank 2 on query and value of the last two of three blocks of width 32; a head of three classes.
     head, factor = 3 * 32 + 3, 4 * 2 * 32

@@ -16,8 +16,9 @@ from dp_federated_lora.audit.neighbours import ROUNDING
 from dp_federated_lora.federated import Client, RoundReport, Server
 from dp_federated_lora.lab.config import parse_config
 from dp_federated_lora.lab.directory import RunDirectory
+from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.run import Run
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.privacy import Ledger, PrivacyPlan, SecureRandom
 from dp_federated_lora.runtime import Simulator
 

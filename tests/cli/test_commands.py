@@ -36,17 +36,19 @@ def config_file(raw_config: Raw, tmp_path: Path) -> Path:
 
 
 COMMANDS = "recipes;init;plan;train;evaluate;personal;audit;ledger show;ledger verify;ledger export;statement;verify".split(";")
+COMMANDS += "provision;join;broker;coordinator;site;submit;runs;status;stop;sites;up".split(";")
+COMMANDS += "audit-log verify;audit-log show;policy check".split(";")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str):
     text = run(*command.split(), "--help")
     assert f"Example: dpfl {command}" in text
-    assert "--json" in text or command in ("init", "personal", "ledger export")
+    assert "--json" in text or command in ("init", "personal", "ledger export", "broker", "coordinator", "site")
 
 
 def test_the_help_lists_every_command():
-    text = run("--help") + run("ledger", "--help")
+    text = run("--help") + run("ledger", "--help") + run("audit-log", "--help") + run("policy", "--help")
     assert all(command.split()[-1] in text for command in COMMANDS)
 
 

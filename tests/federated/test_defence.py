@@ -29,7 +29,8 @@ from dp_federated_lora.federated import (
     write_checkpoint,
 )
 from dp_federated_lora.lab.config import parse_config
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.privacy import (
     BoundedSum,
     Ledger,

@@ -15,7 +15,8 @@ from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import ConfigError, IncompatiblePlan
 from dp_federated_lora.federated import Client, Purpose, Request, handle
 from dp_federated_lora.lab.config import parse_config
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.monitoring.metrics import read_metrics
 from dp_federated_lora.privacy import Ledger, PrivateEvaluation, SecureRandom, UnitId
 from dp_federated_lora.training import evaluate_model, example_scores

@@ -14,7 +14,8 @@ from dp_federated_lora.aggregation import FFA, Adam, Sgd
 from dp_federated_lora.errors import ConfigError, DuplicateContribution, IncompatiblePlan
 from dp_federated_lora.federated import Client, Purpose, Request, Server, ServerState, handle
 from dp_federated_lora.lab.config import parse_config
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.privacy import (
     BoundedSum,
     Budget,

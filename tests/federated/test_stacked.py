@@ -17,7 +17,8 @@ from dp_federated_lora.federated import Client, ClientMemory, Purpose, Request, 
 from dp_federated_lora.federated.client import batch_stream
 from dp_federated_lora.federated.local_round import adapter_of, local_change, stacked_changes
 from dp_federated_lora.lab.config import parse_config
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.lora import Factor
 from dp_federated_lora.privacy import BoundedSum, SecureRandom
 from dp_federated_lora.training.cohort import own_weights

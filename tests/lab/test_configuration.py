@@ -5,9 +5,10 @@ import pytest
 
 from dp_federated_lora.errors import ConfigError
 from dp_federated_lora.lab.config import Config, load_config, parse_config
+from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.recipes import recipe_names, recipe_text
 from dp_federated_lora.lab.statement import state_privacy
-from dp_federated_lora.lab.workbench import privacy_plan, unit_notes
+from dp_federated_lora.lab.workbench import unit_notes
 from dp_federated_lora.privacy import Spend
 
 Raw = dict[str, dict[str, object]]

@@ -26,7 +26,8 @@ from dp_federated_lora.lab.auditing import audit
 from dp_federated_lora.lab.config import Config, parse_config
 from dp_federated_lora.lab.factorisation import prefix_error
 from dp_federated_lora.lab.ledgers import verify_ledgers
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.privacy import (
     Composition,
     CorrelatedGaussian,

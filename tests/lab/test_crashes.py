@@ -23,7 +23,8 @@ from pathlib import Path
 from random import SystemRandom
 import dp_federated_lora.lab.run as lab
 from dp_federated_lora.lab.config import load_config
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.privacy import Composition, GaussianMechanism, Ledger
 from dp_federated_lora.errors import LedgerCorrupt
 

@@ -20,7 +20,8 @@ from dp_federated_lora.federated import Purpose, Request, RoundReport, Server, S
 from dp_federated_lora.lab.attackers import scores_under_attack
 from dp_federated_lora.lab.config import Config, parse_config
 from dp_federated_lora.lab.ledgers import ledgers_at
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.privacy import (
     GaussianMechanism,
     Ledger,

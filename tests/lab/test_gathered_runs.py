@@ -17,7 +17,8 @@ from dp_federated_lora.aggregation import METHODS, Sgd, components, truncated
 from dp_federated_lora.errors import ConfigError, IncompatiblePlan, PrivacyError, RunInterrupted
 from dp_federated_lora.federated import Client, Purpose, Request, RoundReport, Server, ServerState, handle, report
 from dp_federated_lora.lab.config import parse_config
-from dp_federated_lora.lab.workbench import Workbench, participant_ranks, privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
+from dp_federated_lora.lab.workbench import Workbench, participant_ranks
 from dp_federated_lora.lora import Task, adapt
 from dp_federated_lora.privacy import Ledger, Permit, PrivacyPlan, Released, SecureRandom
 from dp_federated_lora.runtime import Simulator

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from dp_federated_lora import evaluate, train
 from dp_federated_lora.errors import ConfigError, ModelError
 from dp_federated_lora.lab.config import parse_config
-from dp_federated_lora.lab.workbench import Workbench, data_id, privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
+from dp_federated_lora.lab.workbench import Workbench, data_id
 from dp_federated_lora.lora import Task, load_backbone, vision_of
 from saved import adapter
 from vision import llava_backbone

@@ -22,7 +22,7 @@ from dp_federated_lora.errors import (
 from dp_federated_lora.lab.attestation import Attestation, verify_statement
 from dp_federated_lora.lab.config import Config, parse_config
 from dp_federated_lora.lab.ledgers import ledgers_at, verify_ledgers
-from dp_federated_lora.lab.workbench import privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.privacy import GaussianMechanism, Ledger, RenyiFilter
 
 Raw = dict[str, dict[str, object]]

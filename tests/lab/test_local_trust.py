@@ -29,8 +29,9 @@ from dp_federated_lora.errors import (
 from dp_federated_lora.federated import Purpose, Request, RoundReport, Server, ServerState, handle, report
 from dp_federated_lora.lab.auditing import audit
 from dp_federated_lora.lab.config import Config, parse_config
+from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.statement import state_privacy, statement_at
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.privacy import (
     GaussianMechanism,
     Ledger,

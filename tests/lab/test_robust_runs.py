@@ -21,8 +21,9 @@ from dp_federated_lora.lab.attackers import MESSAGES, POISONS, Attackers, prepar
 from dp_federated_lora.lab.attestation import Attestation
 from dp_federated_lora.lab.config import Config, load_config, parse_config
 from dp_federated_lora.lab.directory import RunDirectory
+from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.run import Run, TrainResult
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.privacy import BoundedSum, Ledger, Permit, Released, SecureRandom
 from dp_federated_lora.runtime import Simulator
 from saved import adapter, same

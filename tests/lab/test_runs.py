@@ -191,7 +191,8 @@ import os, signal, sys
 from pathlib import Path
 import dp_federated_lora.lab.run as lab
 from dp_federated_lora.lab.config import load_config
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.privacy import GaussianMechanism, Ledger
 
 config, folder, *points = sys.argv[1:]

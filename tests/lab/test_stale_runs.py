@@ -14,8 +14,8 @@ from dp_federated_lora.federated import Delays, Server
 from dp_federated_lora.lab.auditing import audit
 from dp_federated_lora.lab.config import Config, parse_config
 from dp_federated_lora.lab.directory import RunDirectory
+from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.run import Run
-from dp_federated_lora.lab.workbench import privacy_plan
 from dp_federated_lora.privacy import Ledger
 from saved import adapter, same
 

@@ -19,7 +19,8 @@ from dp_federated_lora.errors import CheckpointError, ConfigError, RunError
 from dp_federated_lora.federated import Client, ClientMemory, Purpose, Request, handle
 from dp_federated_lora.lab.config import Config, parse_config
 from dp_federated_lora.lab.personal import personal_adapter
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.lora import Factor
 from dp_federated_lora.privacy import Ledger, SecureRandom
 from dp_federated_lora.runtime import Simulator

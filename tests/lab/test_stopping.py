@@ -15,9 +15,9 @@ from dp_federated_lora.errors import ConfigError, RunInterrupted
 from dp_federated_lora.federated import RoundReport
 from dp_federated_lora.lab.attestation import Attestation
 from dp_federated_lora.lab.config import Config, parse_config
+from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.run import TrainResult
 from dp_federated_lora.lab.stopping import reason_to_stop
-from dp_federated_lora.lab.workbench import privacy_plan
 from dp_federated_lora.privacy import GaussianMechanism, Ledger, PrivateEvaluation
 
 Raw = dict[str, dict[str, object]]

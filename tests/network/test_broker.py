@@ -312,6 +312,27 @@ def test_a_server_that_offers_to_go_without_tls_learns_nothing(place: Place):
     assert {data[:1] for data in heard} == {b"\x16"}  # a handshake of TLS
 
 
+def test_a_server_that_says_nothing_is_given_up_and_its_socket_is_closed(place: Place):
+    async def play(room: Room) -> None:
+        called, hung_up = asyncio.Event(), asyncio.Event()
+
+        async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            called.set()
+            await reader.read()  # until the other side hangs up
+            writer.close()
+            await writer.wait_closed()
+            hung_up.set()
+
+        async with await asyncio.start_server(listen, "127.0.0.1", 0) as server, asyncio.timeout(20):
+            kit = replace(place.kit("a"), servers=(Server(host="127.0.0.1", port=server.sockets[0].getsockname()[1]),))
+            with pytest.raises(BrokerFailed, match="no broker answers"):
+                await room.enter("a", kit, patience=0.5)
+            assert called.is_set()
+            await hung_up.wait()
+
+    in_room(place, play)
+
+
 def test_a_broker_that_is_not_there_is_named(place: Place):
     (port,) = free_ports(1)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +49,16 @@ def networked(raw: Raw, **run: object) -> Config:
 class Federation:
     """Broker, coordinator and sites; programs are tasks of one loop that can be killed and started again."""
 
-    def __init__(self, config: Config, folder: Path, policy: SitePolicy) -> None:
+    def __init__(self, config: Config, folder: Path, policy: SitePolicy, *, servers: int = 1) -> None:
         self.config, self.folder, self.policy = config, folder, policy
-        self.project: Project = a_project(*free_ports(1), sites=SITES)
+        self.project: Project = a_project(*free_ports(servers), sites=SITES)
         provision(self.project, folder / "kits", with_keys=True)
         self.tables = tables_of_sites(config, folder)
         self.tasks: dict[str, asyncio.Task[None]] = {}
-        self.broker = Broker(self.project, folder / "kits" / "broker")
+        routes = free_ports(servers) if servers > 1 else []
+        place = folder / "kits" / "broker"
+        self.brokers = [Broker(self.project, place, server=number, route_ports=routes) for number in range(servers)]
+        self.broker = self.brokers[0]
         self.coordinator: Coordinator | None = None
 
     def kit(self, name: str) -> Kit:
@@ -113,10 +118,14 @@ class Federation:
 
 
 @asynccontextmanager
-async def running(config: Config, folder: Path, *, policy: SitePolicy | None = None) -> AsyncIterator[Federation]:
+async def running(
+    config: Config, folder: Path, *, policy: SitePolicy | None = None, servers: int = 1
+) -> AsyncIterator[Federation]:
     folder.mkdir()
-    federation = Federation(config, folder, policy or a_policy(config))
-    with federation.broker:
+    federation = Federation(config, folder, policy or a_policy(config), servers=servers)
+    with ExitStack() as brokers:
+        for broker in federation.brokers:
+            brokers.enter_context(broker)
         try:
             for name in (*SITES, "main"):
                 await federation.start(name)
@@ -132,8 +141,8 @@ def test_a_run_over_the_network_gives_the_simulators_adapter_to_the_bit(raw_conf
 
     async def scenario() -> None:
         async with running(config, tmp_path / "network") as federation:
-            assert (await federation.submit())["state"] == "submitted"
-            assert (await federation.submit())["state"] == "submitted"  # the same again changes nothing
+            assert (await federation.submit())["state"] in UNFINISHED
+            assert (await federation.submit())["state"] in UNFINISHED  # the same again changes nothing
             status = await federation.end()
             assert (status["state"], status["reason"]) == ("finished", "")
             assert adapter_bytes(federation.run_folder) == adapter_bytes(simulated.path)
@@ -177,6 +186,48 @@ def test_whatever_is_restarted_in_the_middle_the_adapter_is_the_undisturbed_one(
             assert adapter_bytes(federation.run_folder) == adapter_bytes(simulated.path)
 
     asyncio.run(scenario())
+
+
+def test_a_cluster_of_three_goes_on_when_one_server_is_gone(raw_config: Raw, tmp_path: Path):
+    config = networked(raw_config)
+    simulated = train(config, out=tmp_path / "simulated")
+
+    async def scenario() -> None:
+        async with running(config, tmp_path / "network", servers=3) as federation:
+            gone: list[int] = []
+
+            async def stop(rounds: int) -> None:
+                if rounds == 1 and not gone:
+                    gone.append(rounds)
+                    await asyncio.to_thread(federation.broker.stop)
+
+            await federation.submit()
+            status = await federation.end(meanwhile=stop)
+            assert (status["state"], status["reason"], gone) == ("finished", "", [1])
+            assert adapter_bytes(federation.run_folder) == adapter_bytes(simulated.path)
+
+    asyncio.run(scenario())
+
+
+def test_a_coordinator_that_stands_by_takes_over_when_the_first_is_killed(tmp_path: Path):
+    provision(a_project(coordinators=["main", "spare"]), tmp_path / "kits", with_keys=True)
+    script = "import sys; from pathlib import Path; from dp_federated_lora.network.coordinator import Coordinator; "
+    script += "from dp_federated_lora.network.kit import Kit; "
+    script += "Coordinator(Kit.load(Path(sys.argv[1])), folder=Path(sys.argv[2]), standby=sys.argv[3] == '1'); "
+    script += "print('active', flush=True); sys.stdin.read()"
+
+    def start(name: str, standby: str) -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", script, str(tmp_path / "kits" / name), str(tmp_path / "state"), standby]
+        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    with start("main", "0") as first:
+        assert first.stdout and first.stdout.readline() == "active\n"
+        with start("spare", "0") as refused:
+            assert "another process is working" in refused.communicate()[1]
+        with start("spare", "1") as second:
+            first.kill()
+            assert second.stdout and second.stdout.readline() == "active\n"
+            second.kill()
 
 
 def test_a_policy_that_refuses_shows_rule_and_numbers_in_the_status(raw_config: Raw, tmp_path: Path):

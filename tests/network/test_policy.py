@@ -65,7 +65,7 @@ def a_policy() -> Raw:
             "secure_aggregation": False,
             "allow_insecure_seed": True,
         },
-        "people": {"submit": ["alice"], "stop": ["alice"]},
+        "people": {"submit": ["alice"]},
     }
 
 
@@ -177,7 +177,7 @@ def test_all_broken_rules_are_reported_at_once_with_numbers_and_words():
     raw["plan"] |= {"max_epsilon": 4, "min_participants": 30, "min_opened": 13, "units": ["example"], "methods": [], "models": []}
     raw["plan"] |= {"max_delta": 1e-6, "min_noise_multiplier": 2.0, "secure_aggregation": True, "trusts": ["distributed"]}
     raw["plan"].pop("allow_insecure_seed")
-    policy = SitePolicy.model_validate(raw | {"people": {"submit": [], "stop": []}, "data_set": []})
+    policy = SitePolicy.model_validate(raw | {"people": {"submit": []}, "data_set": []})
     found = policy.refusals(an_offer(SCORED, seeded=True))
     assert [refusal.rule for refusal in found] == [
         *("people.submit", "data_set.name", "data_set.name", "plan.max_epsilon", "plan.max_delta", "plan.min_noise_multiplier"),
@@ -204,13 +204,6 @@ def test_no_data_set_and_no_purpose_allow_nothing():
     )
     (refusal,) = SitePolicy.model_validate(a_policy() | {"data_set": []}).refusals(an_offer())
     assert refusal.rule == "data_set.name"
-
-
-def test_who_may_stop_is_its_own_rule():
-    policy = with_rule("people.stop", ["bob"])
-    assert policy.refusals(an_offer()) == policy.stop_refusals("bob") == ()
-    (refusal,) = policy.stop_refusals("alice")
-    assert str(refusal) == 'people.stop: who stops a run is "alice", and this site allows "bob"'
 
 
 @pytest.mark.parametrize("trust", ["central", "local", "distributed"])
@@ -278,7 +271,7 @@ policies = st.fixed_dictionaries(
                 "allow_insecure_seed": st.booleans(),
             }
         ),
-        "people": st.fixed_dictionaries({"submit": some("alice", "bob"), "stop": some("alice")}),
+        "people": st.fixed_dictionaries({"submit": some("alice", "bob")}),
     }
 )
 ALL = {
@@ -287,7 +280,6 @@ ALL = {
     "methods": ["ffa", "fedavg"],
     "models": [MODEL, "ba" * 32],
     "submit": ["alice", "bob"],
-    "stop": ["alice", "bob"],
     "purposes": ["training", "evaluation"],
 }
 
@@ -336,7 +328,7 @@ def test_a_policy_is_read_from_its_file_and_the_example_in_its_documentation_is_
     assert SitePolicy.load(written(tmp_path, a_policy())) == SitePolicy.model_validate(a_policy())
     example = (SitePolicy.__doc__ or "").split("```")[1].removeprefix("toml")
     (tmp_path / "example.toml").write_text(example, encoding="utf-8")
-    assert SitePolicy.load(tmp_path / "example.toml").people.stop == ("alice", "bob")
+    assert SitePolicy.load(tmp_path / "example.toml").people.submit == ("alice",)
 
 
 def test_a_site_without_a_policy_joins_nothing(tmp_path: Path):

@@ -11,13 +11,21 @@ import pytest
 from msgspec import structs
 
 from dp_federated_lora import train
-from dp_federated_lora.errors import BudgetExhausted, DpflError, IncompatiblePlan, PolicyRefused
+from dp_federated_lora.errors import (
+    BudgetExhausted,
+    DpflError,
+    IncompatiblePlan,
+    LedgerCorrupt,
+    LedgerKeyLost,
+    PolicyRefused,
+    SecureSumAborted,
+)
 from dp_federated_lora.federated import size_of, terms_of
 from dp_federated_lora.lab.config import Config, parse_config
 from dp_federated_lora.lab.ledgers import ledgers_at
+from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.run import TrainResult
-from dp_federated_lora.lab.workbench import privacy_plan
-from dp_federated_lora.network.messages import Answered, Asked, Failed
+from dp_federated_lora.network.messages import Answered, Asked, Failed, encode
 from dp_federated_lora.network.site_run import SiteRun
 from dp_federated_lora.runtime import decode_request, encode_request
 from dp_federated_lora.secagg import ServerSession
@@ -86,6 +94,10 @@ class Killer:
     def __init__(self, link: LocalLink, at: int) -> None:
         self.link, self.left = link, at
 
+    @property
+    def now(self) -> float:
+        return self.link.now
+
     def send(self, site: str, data: bytes) -> None:
         self.count()
         self.link.send(site, data)
@@ -118,7 +130,7 @@ def test_lost_repeated_and_late_answers_and_deaths_of_sites_change_nothing(undis
     chaos = Chaos(1)
     sites = Sites(config, tmp_path / "sites")
     chaos.link = link = LocalLink(sites, chaos)
-    result = coordinate(config, sites, link, tmp_path / "out", deadline=60.0)
+    result = coordinate(config, sites, link, tmp_path / "out", deadline=3600.0)
     assert adapter_bytes(result.path) == expected
     assert chaos.deaths > 3
     assert [charges_of(tmp_path / "sites", name) for name in sites.keys] == [3] * 5
@@ -150,8 +162,8 @@ def test_any_kill_of_the_coordinator_among_any_chaos_gives_the_undisturbed_adapt
     chaos.link = link = LocalLink(sites, chaos)
     for _ in range(3):
         with suppress(Dead):
-            coordinate(config, sites, Killer(link, chaos.draw.randrange(1, 200)), tmp_path / "out", deadline=60.0)
-    result = coordinate(config, sites, link, tmp_path / "out", deadline=60.0)
+            coordinate(config, sites, Killer(link, chaos.draw.randrange(1, 200)), tmp_path / "out", deadline=3600.0)
+    result = coordinate(config, sites, link, tmp_path / "out", deadline=3600.0)
     assert adapter_bytes(result.path) == expected
     assert [charges_of(tmp_path / "sites", name) for name in sites.keys] == [3] * 5
 
@@ -161,13 +173,13 @@ def test_a_site_that_stays_away_costs_its_share_and_too_many_cost_the_charge(raw
     away: set[str] = {"client-3"}
     sites = Sites(config, tmp_path / "sites")
     link = LocalLink(sites, lambda site, message, answers: [] if site in away else answers)
-    result = coordinate(config, sites, link, tmp_path / "one-away", deadline=0.2)
+    result = coordinate(config, sites, link, tmp_path / "one-away")
     assert result.rounds == 3
     away.add("client-1")
     others = Sites(config, tmp_path / "others")
     link = LocalLink(others, lambda site, message, answers: [] if site in away else answers)
-    with pytest.raises(BudgetExhausted):
-        coordinate(config, others, link, tmp_path / "two-away", deadline=0.2)
+    with pytest.raises(SecureSumAborted, match="3 secure sums in a row were aborted.*3 clients answered where 4"):
+        coordinate(config, others, link, tmp_path / "two-away")
     (ledger,) = ledgers_at(str(tmp_path / "two-away"))
     assert (ledger.spent().charges, ledger.spent().released) == (3, 0)
 
@@ -300,3 +312,47 @@ def test_sums_without_noise_and_reports_are_not_asked_of_sites(raw_config: Raw, 
         exchange(None, [0], None)  # type: ignore[arg-type]
     with pytest.raises(IncompatiblePlan, match="secure sums alone"):
         exchange.reports(None, {})  # type: ignore[arg-type]
+
+
+# --- ledgers at the site --------------------------------------------------------------------------------
+
+
+def test_a_site_that_could_not_pay_or_whose_ledger_was_rolled_back_does_not_join(raw_config: Raw, tmp_path: Path):
+    config = networked(raw_config)
+    sites = Sites(config, tmp_path / "sites")
+    folder = tmp_path / "sites" / "client-1"
+    before = (folder / "lifetime.sqlite").read_bytes()
+    coordinate(config, sites, LocalLink(sites), tmp_path / "out")
+    after = (folder / "lifetime.sqlite").read_bytes()
+    sites.join("client-1")  # as before: what it has paid for is paid
+    (folder / "lifetime.sqlite").write_bytes(before)
+    with pytest.raises(LedgerCorrupt, match="lacks 3 charges of run run-1: it was rolled back"):
+        sites.join("client-1")
+    (folder / "lifetime.sqlite").write_bytes(after)
+    key = (folder / "lifetime.key").read_bytes()
+    (folder / "lifetime.key").unlink()
+    with pytest.raises(LedgerKeyLost):
+        sites.join("client-1")
+    (folder / "lifetime.key").write_bytes(key)
+    (rules,) = sites.policy.data_set
+    events = [privacy_plan(config).event] * 3
+    budgets = (rules.model_copy(update={"epsilon": step / 4.0}) for step in range(20, 400))
+    once = next(r for r in budgets if r.lifetime_epsilon(events) <= r.epsilon < r.lifetime_epsilon(events * 2))
+    poor = sites.policy.model_copy(update={"data_set": (once,)})
+    other = Sites(config, tmp_path / "others", policy=poor)
+    other.join("client-1")
+    with pytest.raises(BudgetExhausted, match="3 charges would take .* over the budget"):
+        coordinate(config, other, LocalLink(other), tmp_path / "one")
+        SiteRun(other.facts("client-1"), structs.replace(other.offered(), run="run-2"))
+
+
+def test_the_reason_of_a_site_that_leaves_every_sum_is_in_the_error(raw_config: Raw, tmp_path: Path):
+    config = networked(raw_config)
+    sites = Sites(config, tmp_path / "sites")
+
+    def lost(site: str, message: Asked, answers: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+        failed = Failed(message.version, message.run, message.sum_id, message.stage, "the disk is full")
+        return [(site, encode(failed))] if site in ("client-0", "client-1") and message.stage == 2 else answers
+
+    with pytest.raises(SecureSumAborted, match="in a row.*client-0: the disk is full; client-1: the disk is full"):
+        coordinate(config, sites, LocalLink(sites, lost), tmp_path / "out")

@@ -15,8 +15,9 @@ from dp_federated_lora.errors import ConfigError, IncompatiblePlan
 from dp_federated_lora.federated import Server
 from dp_federated_lora.lab.budgets import Personalisation, personal_tiers
 from dp_federated_lora.lab.config import parse_config
+from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.statement import state_privacy
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.privacy import (
     Budget,
     Composition,

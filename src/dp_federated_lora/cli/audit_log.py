@@ -55,7 +55,9 @@ def log_show(path: LogPath, public_key: PublicKey = None, as_json: AsJson = Fals
     if as_json:
         print_json([asdict(entry) for entry in entries])
         return
-    table = Table("number", "time", "actor", "act", "facts", title=f"Audit log {path}", title_justify="left")
+    table = Table(title=f"Audit log {path}", title_justify="left")
+    for name in ("number", "time", "actor", "act", "facts"):
+        table.add_column(name, overflow="fold", no_wrap=name == "time")  # nothing is cut off, however narrow the screen
     for entry in entries:
         facts = ", ".join(f"{name} {value}" for name, value in entry.facts.items())
         table.add_row(str(entry.number), entry.time, entry.actor, entry.act, facts)

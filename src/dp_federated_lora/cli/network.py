@@ -83,6 +83,8 @@ def join(
 
 KitPath = Annotated[Path, typer.Option("--kit", help="This member's folder of keys and kit.json.")]
 State = Annotated[Path, typer.Option("--state", help="Where ledgers, runs and logs are kept; always the same folder.")]
+MetricsPort = Annotated[int | None, typer.Option(min=1, max=65535, help="Serve Prometheus metrics on this port; default none.")]
+MetricsBind = Annotated[str, typer.Option(help="Address to serve metrics on: anybody who reaches it can read them.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")]
 
 
@@ -97,14 +99,19 @@ def broker(
     """Run the broker between members, until it is asked to end."""
     import signal  # noqa: PLC0415
 
+    from dp_federated_lora.errors import BrokerFailed  # noqa: PLC0415
     from dp_federated_lora.network.broker import Broker  # noqa: PLC0415
     from dp_federated_lora.network.project import Project  # noqa: PLC0415
 
-    ending = {signal.SIGINT, signal.SIGTERM}
+    ending = {signal.SIGINT, signal.SIGTERM, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, ending)
     with Broker(Project.load(project), out / "broker", server=server, bind=bind, route_ports=route_ports or ()):
         typer.echo("ready")
-        signal.sigwait(ending)
+        if signal.sigwait(ending) == signal.SIGCHLD:
+            raise BrokerFailed(
+                f"nats-server has ended by itself; see {out / 'broker' / f'broker-{server}.log'}, then start this again"
+            )
+    typer.echo("ended")
 
 
 @app.command(epilog="Example: dpfl site --kit kit/ --data newswires.csv --data-set newswires --policy policy.toml --state state/")
@@ -115,15 +122,24 @@ def site(
     state: State,
     data_set: Annotated[str, typer.Option(help="What policy.toml calls the data.")],
     threads: Annotated[int | None, typer.Option(help="Cores to compute on; default all.")] = None,
+    metrics_port: MetricsPort = None,
+    metrics_bind: MetricsBind = "127.0.0.1",
 ) -> None:
     """Take part in runs with this site's data, as far as its policy lets it, until it is asked to end."""
+    from dp_federated_lora.data import resolve  # noqa: PLC0415
+    from dp_federated_lora.errors import ConfigError  # noqa: PLC0415
+    from dp_federated_lora.monitoring.prometheus import SiteMetrics, served  # noqa: PLC0415
     from dp_federated_lora.network.kit import Kit  # noqa: PLC0415
     from dp_federated_lora.network.policy import SitePolicy  # noqa: PLC0415
     from dp_federated_lora.network.site import Site, serve  # noqa: PLC0415
 
-    own, rules = Kit.load(kit), SitePolicy.load(policy)
-    here = Site(own, source=data, data_set=data_set, policy=rules, folder=state, threads=threads)
-    _until_asked(lambda: serve(here, own, ready=lambda: typer.echo("ready")))
+    own, rules, metrics = Kit.load(kit), SitePolicy.load(policy), SiteMetrics()
+    resolve(data)  # a name that is wrong is noticed now, not when the first run is offered
+    if data_set not in (known := [each.name for each in rules.data_set]):
+        raise ConfigError(f'{policy} allows nothing with the data set "{data_set}": name one of {known}, or add it there')
+    with served(metrics, metrics_port, metrics_bind):
+        here = Site(own, source=data, data_set=data_set, policy=rules, folder=state, threads=threads, metrics=metrics)
+        _until_asked(lambda: serve(here, own, ready=lambda: typer.echo("ready")))
 
 
 @app.command(epilog="Example: dpfl coordinator --kit kit/ --state state/")
@@ -133,13 +149,21 @@ def coordinator(
     database: Annotated[str | None, typer.Option(help="Where runs are listed: postgresql://user@host/database.")] = None,
     deadline: Annotated[float, typer.Option(help="Seconds for one step of a secure sum.")] = 120.0,
     patience: Annotated[float, typer.Option(help="Seconds to wait for sites to join.")] = 600.0,
+    standby: Annotated[bool, typer.Option("--standby", help="Wait while another one works with STATE, and take over.")] = False,
+    metrics_port: MetricsPort = None,
+    metrics_bind: MetricsBind = "127.0.0.1",
 ) -> None:
     """Run what administrators submit, until it is asked to end; it goes on with what is unfinished."""
+    from dp_federated_lora.monitoring.prometheus import CoordinatorMetrics, served  # noqa: PLC0415
     from dp_federated_lora.network.coordinator import Coordinator, serve  # noqa: PLC0415
     from dp_federated_lora.network.kit import Kit  # noqa: PLC0415
 
-    here = Coordinator(Kit.load(kit), folder=state, database=database, deadline=deadline, patience=patience)
-    _until_asked(lambda: serve(here, ready=lambda: typer.echo("ready")))
+    own, metrics = Kit.load(kit), CoordinatorMetrics()
+    with served(metrics, metrics_port, metrics_bind):
+        here = Coordinator(
+            own, folder=state, database=database, deadline=deadline, patience=patience, standby=standby, metrics=metrics
+        )
+        _until_asked(lambda: serve(here, ready=lambda: typer.echo("ready")))
 
 
 @app.command(epilog="Example: dpfl submit newswire.toml --kit kit/ --name newswire-1")
@@ -151,10 +175,9 @@ def submit(
 ) -> None:
     """Sign a run and ask a coordinator to start it."""
     from dp_federated_lora.lab import load_config  # noqa: PLC0415
-    from dp_federated_lora.network.kit import Kit  # noqa: PLC0415
     from dp_federated_lora.network.submissions import sign_submission  # noqa: PLC0415
 
-    own, run, text = Kit.load(kit), name or config.stem, load_config(config).to_toml()
+    own, run, text = _kit(kit), name or config.stem, load_config(config).to_toml()
     signature = sign_submission(own.signing, project=own.project, run=run, config=text)
     _print(_ask(own, "submit", run=run, config=text, signature=signature), as_json=as_json)
 
@@ -220,9 +243,14 @@ def up(
 
 
 def _kit(folder: Path) -> Kit:
+    """An administrator's kit: nobody else may ask a coordinator, and would wait for an answer in vain."""
+    from dp_federated_lora.errors import KitRefused  # noqa: PLC0415
     from dp_federated_lora.network.kit import Kit  # noqa: PLC0415
 
-    return Kit.load(folder)
+    kit = Kit.load(folder)
+    if kit.member.role != "admin":
+        raise KitRefused(f"{folder} is the kit of {kit.member}, and only an administrator asks this: name an administrator's kit")
+    return kit
 
 
 def _quiet() -> None:
@@ -265,4 +293,7 @@ def _print(found: Any, *, as_json: bool) -> None:
         print_json(found)
         return
     for row in found if isinstance(found, list) else [found]:
-        typer.echo("  ".join(f"{key} {value}" for key, value in row.items() if key != "rounds" and value not in ("", None)))
+        facts = {
+            key: f"{value:.4f}" if key == "epsilon" else value for key, value in row.items() if key != "rounds" and value != ""
+        }
+        typer.echo("  ".join(f"{key} {'never' if value is None else value}" for key, value in facts.items()))

@@ -34,7 +34,8 @@ from dp_federated_lora.federated import (
     share,
 )
 from dp_federated_lora.lab.config import Config
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.privacy import BoundedSum, Ledger, Released, SecureRandom, UnitId
 from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.training import evaluate_model, example_scores

@@ -10,8 +10,8 @@ from typing import Any, Final, final
 from dp_federated_lora.errors import StatementInvalid
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.directory import RunDirectory
+from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.statement import statement_at, statement_json
-from dp_federated_lora.lab.workbench import privacy_plan
 from dp_federated_lora.monitoring.statement import StatementRow
 from dp_federated_lora.privacy import Ledger
 from dp_federated_lora.signing import signature_holds

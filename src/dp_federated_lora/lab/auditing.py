@@ -12,8 +12,8 @@ from dp_federated_lora.errors import AuditError, RunInterrupted
 from dp_federated_lora.files import write_durably
 from dp_federated_lora.lab.config import Config, load_config
 from dp_federated_lora.lab.directory import RunDirectory
+from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.run import OnPhase, OnRound, Run
-from dp_federated_lora.lab.workbench import privacy_plan
 from dp_federated_lora.privacy import SecureRandom
 
 CANARIES: Final = 1000

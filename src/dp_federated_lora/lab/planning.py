@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from dp_federated_lora.lab.config import Config
+from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.statement import statement_at, statement_json
-from dp_federated_lora.lab.workbench import Workbench, participant_names, privacy_plan
+from dp_federated_lora.lab.workbench import Workbench, participant_names
 from dp_federated_lora.monitoring.statement import StatementRow
 from dp_federated_lora.privacy import PrivacyPlan, Spend
 

@@ -30,9 +30,10 @@ from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.ledgers import LifetimeBudgets
 from dp_federated_lora.lab.personal import SHARED_PART
 from dp_federated_lora.lab.planning import participation_in_words, participation_json
+from dp_federated_lora.lab.plans import participant_tiers, privacy_plan
 from dp_federated_lora.lab.statement import statement_at, statement_json
 from dp_federated_lora.lab.stopping import reason_to_stop
-from dp_federated_lora.lab.workbench import Workbench, data_id, defence_in_words, participant_tiers, privacy_plan
+from dp_federated_lora.lab.workbench import Workbench, data_id, defence_in_words
 from dp_federated_lora.monitoring.log import open_log
 from dp_federated_lora.monitoring.metrics import MetricsFile, read_metrics
 from dp_federated_lora.monitoring.report import TRAINED_SHARE, AuditFigures, render_report
@@ -42,6 +43,9 @@ from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.training import evaluate_model
 
 OWNER: Final = "all participants of this run"
+
+ABORTED_IN_A_ROW: Final = 3
+"""Secure sums after which a run ends: what hinders them stays, and each costs a charge."""
 
 NOISE_ADDED_BY: Final = {
     Trust.CENTRAL: "the server",
@@ -209,7 +213,9 @@ class Run:
 
         Raises:
             RunInterrupted: on SIGINT or SIGTERM, after the round under way.
+            SecureSumAborted: if several secure sums in a row were aborted; the run can be resumed.
         """
+        in_a_row = 0
         with _stop_signals() as stop:
             while self._state.round < self._plan.rounds:
                 if stop:
@@ -224,10 +230,16 @@ class Run:
                     break
                 try:
                     self._round()
+                    in_a_row = 0
                 except SecureSumAborted as error:  # its charge stays, and the round is begun anew with another
                     self._keys.destroy()
                     self._aborted += 1
+                    in_a_row += 1
                     self._log.warning("secure sum aborted", round=self._state.round + 1, reason=str(error))
+                    if in_a_row == ABORTED_IN_A_ROW:
+                        raise SecureSumAborted(
+                            f"{in_a_row} secure sums in a row were aborted, each of them charged: {error}"
+                        ) from error
                 except BudgetExhausted as error:
                     if self._state.round == 0:
                         raise  # nothing was released: there is no result to write

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self, final
@@ -18,6 +19,7 @@ from nats import errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from nats.aio.transport import TcpTransport
 
 from dp_federated_lora.errors import BrokerFailed
 from dp_federated_lora.network.broker import MAX_PAYLOAD
@@ -125,9 +127,15 @@ class Connection:
         try:
             await connection._open(patience)
         except BaseException:
+            connection._hang_up()
             await connection.close()
             raise
         return connection
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker is there."""
+        return bool(self._client.is_connected)
 
     async def publish(self, subject: str, data: bytes) -> None:
         """Send a message; while the broker is away, it waits here and this returns.
@@ -186,7 +194,10 @@ class Connection:
         self._closing = True
         while any(subscription.pending_msgs for subscription in self._subscriptions):
             await asyncio.sleep(0)  # what has come in is on its way to the inboxes
-        await self._client.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_PATIENCE):
+                await self._client.close()
+        self._hang_up()
         self._end(None)
 
     async def __aenter__(self) -> Self:
@@ -203,9 +214,9 @@ class Connection:
             ends: set[asyncio.Future[Any]] = {first, self._refused}
             done, _ = await asyncio.wait(ends, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            if not first.done():
+            while not first.done():  # a cancellation is lost when asyncio.wait_for has its result at the same moment
                 first.cancel()
-                await asyncio.wait({first})
+                await asyncio.wait({first}, timeout=_PAUSE)
         servers = ", ".join(map(str, self._kit.servers))
         if self._refused in done:
             raise BrokerFailed(
@@ -230,6 +241,12 @@ class Connection:
             pending_size=UNSENT,
         )
         await self.flush()  # a server that hangs up at once has not refused anything in words yet
+
+    def _hang_up(self) -> None:
+        """Close the socket of an attempt that was interrupted: nats-py would leave it open, or wait for its end for ever."""
+        transport, self._client._transport = self._client._transport, None
+        if isinstance(transport, TcpTransport) and transport._io_writer is not None:
+            transport._io_writer.transport.abort()
 
     async def _on_error(self, error: Exception) -> None:
         self._last = f"{type(error).__name__}: {error}"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, final, get_args
 
 from dp_federated_lora.data import resolve
 from dp_federated_lora.errors import DpflError, MessageRefused, PolicyRefused, RunError, RunInterrupted
@@ -18,9 +18,10 @@ from dp_federated_lora.federated import RoundReport
 from dp_federated_lora.files import FolderLock
 from dp_federated_lora.lab.config import parse_config_text
 from dp_federated_lora.lab.directory import RunDirectory
+from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.run import Run
-from dp_federated_lora.lab.workbench import privacy_plan
 from dp_federated_lora.monitoring.log import open_log
+from dp_federated_lora.monitoring.prometheus import CoordinatorMetrics
 from dp_federated_lora.network.administration import Order, answer_to, read_order
 from dp_federated_lora.network.audit_log import AuditLog
 from dp_federated_lora.network.connection import Connection, Inbox
@@ -30,12 +31,13 @@ from dp_federated_lora.network.messages import VERSION, Ended, Joined, Offered, 
 from dp_federated_lora.network.offer import model_id
 from dp_federated_lora.network.parts import Assembly, cut
 from dp_federated_lora.network.project import Member
-from dp_federated_lora.network.runs import UNFINISHED, RunRecord, RunTable
+from dp_federated_lora.network.runs import UNFINISHED, RunRecord, RunTable, State
 from dp_federated_lora.network.site_run import software
 from dp_federated_lora.network.subjects import FROM_ADMINISTRATORS, inbox_of, outbox_of
 from dp_federated_lora.network.submissions import require_submission
 
 _OFFER_AGAIN: Final = 5.0
+_REMEMBERED: Final = 100
 
 
 @final
@@ -44,23 +46,39 @@ class Coordinator:
 
     Args:
         kit: of the coordinator.
-        folder: where run directories are kept.
+        folder: where run directories are kept; coordinators that stand by for one another share it.
         database: of the runs: a file, or `postgresql://user@host/database`; default a file in the folder.
         deadline: seconds for one step of a secure sum.
         patience: seconds to wait for sites to join.
+        standby: wait while another coordinator works with the folder, and go on where it was when it dies.
+        metrics: of this program alone; default new ones, which nobody looks at.
+
+    Raises:
+        RunError: if another one does, without standing by.
     """
 
     def __init__(
-        self, kit: Kit, *, folder: Path, database: str | None = None, deadline: float = 120.0, patience: float = 600.0
+        self,
+        kit: Kit,
+        *,
+        folder: Path,
+        database: str | None = None,
+        deadline: float = 120.0,
+        patience: float = 600.0,
+        standby: bool = False,
+        metrics: CoordinatorMetrics | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = FolderLock(folder)
+        self._lock = FolderLock(folder, wait=standby)
         self.kit, self._folder, self._deadline, self._patience = kit, folder, deadline, patience
         self.table = RunTable(database or folder / "runs.sqlite")
+        self.metrics = metrics or CoordinatorMetrics()
+        self.metrics.runs_in(get_args(State), lambda: [record.state for record in self.table.all()])
         self._audit = AuditLog.open(folder / "audit.jsonl")
         self._log = open_log(folder / "coordinator.log", run="")
         self._from_sites: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self._heard: dict[str, float] = {}
+        self._answers: dict[tuple[str, str, str], bytes] = {}  # to administrators
         self._send: Callable[[str, bytes], None] = lambda *_: None
         self._work = threading.Condition()
         self._closing = False
@@ -70,6 +88,7 @@ class Coordinator:
 
     def send(self, site: str, data: bytes) -> None:
         """Send to a site."""
+        self.metrics.sent(len(data))
         self._send(inbox_of(Member("site", site)), data)
 
     def receive(self, timeout: float) -> tuple[str, bytes] | None:
@@ -85,6 +104,7 @@ class Coordinator:
 
     def heard(self, site: str, data: bytes) -> None:
         """Take in a whole message of a site."""
+        self.metrics.received(len(data))
         self._heard[site] = time.monotonic()
         if self._running:
             self._from_sites.put((site, data))
@@ -129,7 +149,9 @@ class Coordinator:
             self._log.error("defect", kind=type(error).__name__, of=record.run, reason=str(error))
         finally:
             self._running = ""
+            self.metrics.run_over(record.run)
         self.table.set(record.run, state=state, reason=reason)
+        self._audit.append("coordinator", f"a run {state}", {"run": record.run, "reason": reason})
         self._log.info("run over", of=record.run, state=state, reason=reason)
         for site in self.kit.roster:
             self.send(site, encode(Ended(VERSION, record.run, reason or state)))
@@ -147,17 +169,26 @@ class Coordinator:
         path = self._folder / "runs" / record.run
         directory = RunDirectory.existing(path) if (path / "config.toml").exists() else RunDirectory.create(path, config)
         with directory:
+            plan = privacy_plan(config)
             exchange = SiteExchange(
                 record.run,
                 names,
-                privacy_plan(config),
+                plan,
                 roster=self.kit.roster,
                 link=self,
                 folder=directory.checkpoint.parent / "sums",
                 deadline=self._deadline,
+                patience=self._patience,
                 log=open_log(directory.log, run=record.run),
+                metrics=self.metrics,
             )
-            run = Run(directory, exchange=exchange)
+            limit = plan.budget.epsilon
+            run = Run(
+                directory,
+                exchange=exchange,
+                on_round=lambda report: self.metrics.round_released(record.run, report.epsilon, limit),
+            )
+            self.metrics.run_spent(record.run, run.spent().epsilon, limit)
             try:
                 run.train()
             except RunInterrupted:
@@ -190,8 +221,10 @@ class Coordinator:
                 message = from_site(data)
             except MessageRefused as error:
                 self._log.warning("a message was refused", site=site, reason=str(error))
+                self.metrics.refused("answer")
                 continue
             if isinstance(message, Refused) and message.run == self._running:
+                self.metrics.refused("run")
                 self._audit.append(f"site {site}", "refused a run", {"run": message.run, "reason": "; ".join(message.reasons)})
                 raise PolicyRefused(f"site {site} does not take part: " + "; ".join(message.reasons))
             if isinstance(message, Joined) and message.run == self._running:
@@ -205,9 +238,19 @@ class Coordinator:
             order = read_order(data)
         except MessageRefused as error:
             return answer_to(Order("", ""), error=str(error))
+        asked = (person, verb, order.question)
+        if asked in self._answers:  # again, as an answer may be lost: what was done is not done twice
+            return self._answers[asked]
+        while len(self._answers) >= _REMEMBERED:
+            del self._answers[next(iter(self._answers))]
+        self._answers[asked] = answer = self._answered(person, verb, order)
+        return answer
+
+    def _answered(self, person: str, verb: str, order: Order) -> bytes:
         try:
             return answer_to(order, result=self._done(person, verb, order))
         except DpflError as error:
+            self.metrics.refused("order")
             self._audit.append(f"administrator {person}", f"was refused: {verb}", {"run": order.run, "reason": str(error)})
             return answer_to(order, error=str(error))
 
@@ -257,7 +300,7 @@ class Coordinator:
             self.table.add(RunRecord(order.run, person, order.config, order.signature, time_))
             self._work.notify_all()
         self._audit.append(f"administrator {person}", "submitted a run", {"run": order.run})
-        return {"run": order.run, "state": "submitted"}
+        return {"run": order.run, "state": self.table.get(order.run).state}
 
     def _facts(self, record: RunRecord) -> dict[str, Any]:
         rounds = self._rounds(record.run)
@@ -302,6 +345,7 @@ async def serve(coordinator: Coordinator, *, ready: Callable[[], None] = lambda:
             asyncio.run_coroutine_threadsafe(publish(), loop).result()
 
         coordinator._send = send
+        coordinator.metrics.connected_while(lambda: connection.connected)
         # An inbox for each site, so that one that floods its own crowds out nobody.
         sites = {name: await connection.subscribe(outbox_of(Member("site", name))) for name in coordinator.kit.roster}
         people = await connection.subscribe(FROM_ADMINISTRATORS)

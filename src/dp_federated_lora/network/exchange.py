@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol, final
 
@@ -15,6 +15,7 @@ from dp_federated_lora.errors import IncompatiblePlan, MessageRefused, SecureSum
 from dp_federated_lora.federated import Request, Sites, terms_of
 from dp_federated_lora.files import write_durably
 from dp_federated_lora.monitoring.log import RunLog
+from dp_federated_lora.monitoring.prometheus import CoordinatorMetrics
 from dp_federated_lora.network.messages import VERSION, Answered, Asked, Failed, encode, from_site
 from dp_federated_lora.privacy import BoundedSum, PrivacyPlan, Released, SecureRandom
 from dp_federated_lora.runtime import encode_request
@@ -39,7 +40,8 @@ class Link(Protocol):
 class SiteExchange:
     """Secure sums of sites.
 
-    A step of a sum ends when all have answered or at its deadline. Who was in each step is on disk before the next begins, so
+    A step of a sum ends when all have answered or at its deadline; the first, before which nothing is charged, waits until enough
+    are there. Who was in each step is on disk before the next begins, so
     that a coordinator that died continues the same sum, whose answers sites send again.
 
     Args:
@@ -50,8 +52,11 @@ class SiteExchange:
         link: to the sites.
         folder: where the members of steps are kept.
         deadline: seconds for one step.
+        patience: seconds to wait for enough sites to begin a sum.
         log: of the run.
+        metrics: of the coordinator; default new ones, which nobody looks at.
         again: seconds after which who has not answered is asked again: messages get lost, and sites answer the same twice.
+        clock: seconds that only ever grow.
     """
 
     def __init__(
@@ -64,13 +69,18 @@ class SiteExchange:
         link: Link,
         folder: Path,
         deadline: float,
+        patience: float = 0.0,
         log: RunLog,
+        metrics: CoordinatorMetrics | None = None,
         again: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.names = tuple(names)
         self._run, self._plan, self._roster, self._link = run, plan, roster, link
         self._folder, self._deadline, self._again = folder, deadline, again
-        self._log = log
+        self._clock, self._patience = clock, patience
+        self._reasons: dict[str, str] = {}  # of sites that left the sum under way
+        self._log, self._metrics = log, metrics or CoordinatorMetrics()
 
     def __call__(self, request: Request, clients: Sequence[int], rng: SecureRandom) -> Iterator[BoundedSum]:
         """Refused: sums without noise never leave a site."""
@@ -88,13 +98,20 @@ class SiteExchange:
         roster = {name: self._roster[name] for name in members}
         terms = terms_of(request, self._plan, size=size, sum_id=sum_id, sent=sent, roster=roster)
         server, messages = ServerSession(terms), dict.fromkeys(members, b"")
-        for stage in range(len(STAGES)):
-            asked = {
-                name: encode(Asked(VERSION, self._run, sum_id, tuple(members), stage, sent if stage == 0 else b"", body))
-                for name, body in messages.items()
-            }
-            self._step(server, sum_id, stage, asked)
-            messages = server.advance()
+        self._reasons.clear()
+        with self._metrics.sum_under_way():
+            for stage in range(len(STAGES)):
+                asked = {
+                    name: encode(Asked(VERSION, self._run, sum_id, tuple(members), stage, sent if stage == 0 else b"", body))
+                    for name, body in messages.items()
+                }
+                try:
+                    with self._metrics.step_under_way(STAGES[stage]):
+                        self._step(server, sum_id, stage, asked)
+                    messages = server.advance()
+                except SecureSumAborted as error:
+                    reasons = "".join(f"; {name}: {reason}" for name, reason in self._reasons.items())
+                    raise SecureSumAborted(f"{error}{reasons}") from error
         return torch.from_numpy(server.total.integers.astype("int64"))
 
     def _step(self, server: ServerSession, sum_id: str, stage: int, asked: Mapping[str, bytes]) -> None:
@@ -102,8 +119,10 @@ class SiteExchange:
         before = self._members_of(sum_id, stage)
         missing = set(asked) if before is None else set(before)
         answered: list[str] = []
-        deadline, again = time.monotonic() + self._deadline, 0.0
-        while missing and (now := time.monotonic()) < deadline:
+        deadline, again = self._clock() + self._deadline, 0.0
+        if stage == 0 and before is None:
+            deadline = max(deadline, self._clock() + self._patience)
+        while missing and (now := self._clock()) < deadline:
             if now >= again:
                 for name in sorted(missing):
                     self._link.send(name, asked[name])
@@ -118,14 +137,20 @@ class SiteExchange:
                         server.receive(name, body)
                         answered.append(name)
                         missing.discard(name)
+                        if len(answered) == server.terms.min_cohort:  # the others get a step's time, and no more
+                            deadline = min(deadline, self._clock() + self._deadline)
                     case Failed(run=self._run, sum_id=own, stage=which, reason=reason) if (own, which) == (sum_id, stage):
                         self._log.warning("a site left a secure sum", site=name, reason=reason)
+                        self._metrics.refused("sum")
+                        self._reasons[name] = reason
                         missing.discard(name)
             except (MessageRefused, SecureSumAborted) as error:
                 self._log.warning("an answer was refused", site=name, reason=str(error))
+                self._metrics.refused("answer")
         if before is not None and sorted(answered) != sorted(before):
             raise SecureSumAborted(f"of {len(before)} who answered step {stage} before, {len(answered)} answered it again")
         if before is None:
+            self._metrics.sites_lost(len(asked) - len(answered))
             write_durably(self._file(sum_id, stage), "\n".join(sorted(answered)).encode())
 
     def _members_of(self, sum_id: str, stage: int) -> list[str] | None:

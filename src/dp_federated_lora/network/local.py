@@ -19,7 +19,8 @@ import tomli_w
 from dp_federated_lora.data import Table, resolve
 from dp_federated_lora.errors import RunError
 from dp_federated_lora.lab.config import Config
-from dp_federated_lora.lab.workbench import Workbench, participant_names, privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
+from dp_federated_lora.lab.workbench import Workbench, participant_names
 from dp_federated_lora.network.administration import ask
 from dp_federated_lora.network.broker import Broker
 from dp_federated_lora.network.kit import Kit
@@ -140,7 +141,7 @@ def _policy(config: Config, offer: Offer) -> dict[str, Any]:
             "secure_aggregation": True,
             "allow_insecure_seed": offer.seeded,
         },
-        "people": {"submit": [ADMINISTRATOR], "stop": [ADMINISTRATOR]},
+        "people": {"submit": [ADMINISTRATOR]},
     }
 
 

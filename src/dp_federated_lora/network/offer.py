@@ -14,7 +14,7 @@ from typing import Self, final
 from dp_federated_lora.errors import ModelError
 from dp_federated_lora.federated import Purpose
 from dp_federated_lora.lab.config import Config
-from dp_federated_lora.lab.workbench import privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.privacy import DpEvent, PrivacyPlan
 from dp_federated_lora.secagg import SharedNoise
 from dp_federated_lora.storage import canonical

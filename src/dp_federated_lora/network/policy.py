@@ -118,10 +118,9 @@ class PlanRules(Section):
 
 
 class PeopleRules(Section):
-    """[people]: who may submit runs to this site, and who may stop them."""
+    """[people]: who may submit runs to this site. To stop one, coordinators need nobody's leave: they ask no more."""
 
     submit: Names
-    stop: Names
 
 
 class SitePolicy(Section):
@@ -148,7 +147,6 @@ class SitePolicy(Section):
 
     [people]
     submit = ["alice"]
-    stop = ["alice", "bob"]
     ```
     """
 
@@ -193,10 +191,6 @@ class SitePolicy(Section):
             *self._data_set_refusals(offer),
             *self.plan.refusals(offer),
         )
-
-    def stop_refusals(self, person: str) -> tuple[Refusal, ...]:
-        """The rule that keeps `person` from stopping a run; empty if nothing does."""
-        return tuple(_among("people.stop", "who stops a run", self.people.stop, person))
 
     def admit(self, offer: Offer) -> None:
         """Let an offer pass or not.

@@ -11,6 +11,7 @@ from typing import Final, final
 from dp_federated_lora.errors import DpflError, MessageRefused
 from dp_federated_lora.files import FolderLock, write_durably
 from dp_federated_lora.monitoring.log import RunLog, open_log
+from dp_federated_lora.monitoring.prometheus import SiteMetrics
 from dp_federated_lora.network.audit_log import AuditLog
 from dp_federated_lora.network.connection import Connection
 from dp_federated_lora.network.kit import Kit
@@ -21,6 +22,7 @@ from dp_federated_lora.network.project import Member
 from dp_federated_lora.network.site_run import SiteFacts, SiteRun
 from dp_federated_lora.network.subjects import inbox_of, outbox_of
 from dp_federated_lora.network.submissions import require_submission
+from dp_federated_lora.network.sums import forget_sums
 
 _OFFERED: Final = "offered"
 _DEFECT: Final = "an internal error at this site; its own log has more"
@@ -37,17 +39,26 @@ class Site:
         policy: what it takes part in.
         folder: where its state is kept; the same for as long as the site exists.
         threads: cores to compute on; None for all.
+        metrics: of this program alone; default new ones, which nobody looks at.
 
     Raises:
         RunError: if another process works with this folder.
     """
 
     def __init__(
-        self, kit: Kit, *, source: str, data_set: str, policy: SitePolicy, folder: Path, threads: int | None = None
+        self,
+        kit: Kit,
+        *,
+        source: str,
+        data_set: str,
+        policy: SitePolicy,
+        folder: Path,
+        threads: int | None = None,
+        metrics: SiteMetrics | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = FolderLock(folder)
-        self._kit = kit
+        self._kit, self.metrics = kit, metrics or SiteMetrics()
         self._facts = SiteFacts(
             name=kit.member.name,
             key=kit.signing,
@@ -57,6 +68,7 @@ class Site:
             data_set=data_set,
             policy=policy,
             threads=threads,
+            metrics=self.metrics,
         )
         self._log: RunLog = open_log(folder / "site.log", run="")
         self._audit = AuditLog.open(folder / "audit.jsonl")
@@ -68,13 +80,18 @@ class Site:
 
     def handle(self, data: bytes) -> bytes | None:
         """The answer to a coordinator's message; None where there is none to give."""
+        self.metrics.received(len(data))
         try:
             message = to_site(data)
         except MessageRefused as error:
             self._log.warning("a message was refused", reason=str(error))
             return None
         answer = self._answer(message)
-        return None if answer is None else encode(answer)
+        if answer is None:
+            return None
+        sent = encode(answer)
+        self.metrics.sent(len(sent))
+        return sent
 
     def _answer(self, message: Offered | Asked | Ended) -> FromSite | None:
         try:
@@ -107,6 +124,7 @@ class Site:
             write_durably(self._facts.folder / "runs" / message.run / _OFFERED, encode(message))
             self._audit.append(f"administrator {message.submitter}", "joined a run", {"run": message.run})
             self._log.info("joined", of=message.run)
+            self.metrics.run("joined")
         return Joined(VERSION, message.run)
 
     def _run_of(self, name: str) -> SiteRun:
@@ -121,14 +139,18 @@ class Site:
         return self._runs[name]
 
     def _refusal(self, message: Offered | Asked | Ended, reason: str) -> FromSite:
+        reason = reason.replace(str(self._facts.folder), "this site's state")  # its paths are nobody else's business
         self._log.warning("refused", of=message.run, reason=reason)
         if isinstance(message, Asked):
+            self.metrics.step("refused")
             return Failed(VERSION, message.run, message.sum_id, message.stage, reason)
+        self.metrics.run("refused")
         self._audit.append("this site", "refused a run", {"run": message.run, "reason": reason})
         return Refused(VERSION, message.run, (reason,))
 
     def _end(self, message: Ended) -> None:
         run = self._runs.pop(message.run, None)
+        forget_sums(self._facts.folder / "runs" / message.run / "sums")
         if run is not None:
             run.end()
             self._audit.append("coordinator", "ended a run", {"run": message.run, "reason": message.reason})
@@ -149,6 +171,7 @@ async def serve(site: Site, kit: Kit, *, ready: Callable[[], None] = lambda: Non
     try:
         async with await Connection.connect(kit) as connection:
             inbox = await connection.subscribe(inbox_of(member))
+            site.metrics.connected_while(lambda: connection.connected)
             ready()
             async for message in inbox:
                 try:

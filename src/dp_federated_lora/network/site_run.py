@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final, final
@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dp_federated_lora.data import read_table, resolve
-from dp_federated_lora.errors import DpflError, MessageRefused, PolicyRefused
+from dp_federated_lora.errors import DpflError, LedgerCorrupt, MessageRefused, PolicyRefused
 from dp_federated_lora.federated import ClientMemory, Purpose, Request, RoundKeyFile, noise_of, share, size_of, terms_of
 from dp_federated_lora.files import write_durably
 from dp_federated_lora.lab.config import Config, parse_config_text
-from dp_federated_lora.lab.workbench import Workbench, privacy_plan
+from dp_federated_lora.lab.plans import privacy_plan
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.monitoring.log import open_log
+from dp_federated_lora.monitoring.prometheus import SiteMetrics
 from dp_federated_lora.network.messages import VERSION, Answered, Asked, Failed, Offered
 from dp_federated_lora.network.offer import Offer, model_id
 from dp_federated_lora.network.policy import SitePolicy
@@ -44,6 +46,7 @@ class SiteFacts:
         data_set: what its policy calls them.
         policy: what it takes part in.
         threads: cores to compute on; None for all.
+        metrics: of the program.
     """
 
     name: str
@@ -54,6 +57,7 @@ class SiteFacts:
     data_set: str
     policy: SitePolicy
     threads: int | None = None
+    metrics: SiteMetrics = field(default_factory=SiteMetrics)
 
 
 @final
@@ -88,6 +92,7 @@ class SiteRun:
         self._folder = facts.folder / "runs" / offered.run
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._ledger = Ledger.open(self._folder / "ledger.sqlite", budget=self._plan.budget, owner=facts.name)
+        self._require_room(offer)
         self._seed = config.run.insecure_seed
         self._bench = Workbench.of(config)
         memory = ClientMemory(self._folder / "clients")
@@ -96,6 +101,7 @@ class SiteRun:
         self._client = self._bench.client(self._plan, facts.name, number, table, memory)
         self._bench.prepare(self._plan, self._client.examples, self._client.held_out)
         self._log = open_log(self._folder / "run.log", run=offered.run)
+        self._tell_spent()
 
     def answer(self, message: Asked) -> Answered | Failed:
         """The answer to one step of a secure sum; the same again if it is asked again.
@@ -107,7 +113,9 @@ class SiteRun:
             body = self._answered(message)
         except DpflError as error:
             self._log.warning("out of a secure sum", reason=str(error))
+            self._facts.metrics.step("refused")
             return Failed(VERSION, message.run, message.sum_id, message.stage, str(error))
+        self._facts.metrics.step("answered")
         return Answered(VERSION, message.run, message.sum_id, message.stage, body)
 
     def _answered(self, message: Asked) -> bytes:
@@ -153,9 +161,27 @@ class SiteRun:
         lifetime = [self._lifetime[purpose]]
         Ledger.charge_all(lifetime, charged, round=number, purpose=of_run, commitment=stream.commitment)
         permit = self._ledger.reserve(charged, round=number, purpose=purpose, commitment=stream.commitment)
+        self._facts.metrics.contributed(purpose)
+        self._tell_spent()
         self._log.info("contributing", round=number, epsilon=self._ledger.spent().epsilon)
         integers = share(request, self._client, self._bench.learner, permit=permit, rng=stream)
         return np.asarray(integers.numpy())
+
+    def _require_room(self, offer: Offer) -> None:
+        """Refuse a run that this site's ledgers could not pay for to its end, or whose ledgers were rolled back."""
+        database, charged = self._facts.folder / "lifetime.sqlite", set[str]()
+        for ledger in Ledger.read_all(database):
+            charged |= ledger.commitments
+        for own in sorted((self._facts.folder / "runs").glob("*/ledger.sqlite")):
+            if missing := Ledger.read(own).commitments - charged:
+                raise LedgerCorrupt(
+                    f"the lifetime ledger of this site lacks {len(missing)} charges of run {own.parent.name}: it was rolled "
+                    "back; restore the newest one"
+                )
+        paid = [row.facts["purpose"] for row in self._ledger.rows() if row.kind == "reserve"]
+        for purpose, events in offer.purposes.items():
+            left = events[paid.count(purpose) :]
+            self._lifetime[purpose].require_room(left)
 
     def _earlier(self, number: int) -> list[int]:
         """Serials of the last charge of each release before round `number`."""
@@ -179,8 +205,17 @@ class SiteRun:
                 return stream
             attempt += 1
 
+    def _tell_spent(self) -> None:
+        metrics = self._facts.metrics
+        metrics.run_spent(self._offered.run, self._ledger.spent().epsilon, self._ledger.budget.epsilon)
+        for purpose, ledger in self._lifetime.items():
+            metrics.lifetime_spent(self._facts.data_set, purpose, ledger.spent().epsilon, ledger.budget.epsilon)
+
     def end(self) -> None:
-        """Nothing more will be asked; what was charged is on disk already."""
+        """Nothing more will be asked: what was charged counts as released."""
+        for charge in self._earlier(self._plan.rounds + 1):
+            self._ledger.commit(charge)
+        self._facts.metrics.run_over(self._offered.run)
         self._log.info("run ended", epsilon=self._ledger.spent().epsilon)
 
 

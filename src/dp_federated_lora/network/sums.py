@@ -10,6 +10,7 @@ from typing import Final, Self, final
 import msgspec
 
 from dp_federated_lora.errors import CheckpointError, MessageRefused, StorageError
+from dp_federated_lora.federated import RoundKeyFile
 from dp_federated_lora.files import write_durably
 from dp_federated_lora.network.messages import Asked
 
@@ -62,9 +63,8 @@ class SumFolder:
             return folder
         if message.stage:
             raise MessageRefused("this sum was not begun here, or another one since: it has to be begun anew")
+        forget_sums(parent)
         try:
-            for old in parent.iterdir() if parent.exists() else ():
-                rmtree(old)
             path.mkdir(parents=True, mode=0o700)
         except OSError as error:
             raise StorageError(f"cannot keep a sum in {parent}: {error.strerror or error}") from error
@@ -114,6 +114,20 @@ class SumFolder:
 
     def _save(self) -> None:
         write_durably(self._path / _STATE, msgspec.msgpack.encode(self._stored), mode=0o600)
+
+
+def forget_sums(parent: Path) -> None:
+    """Remove what is kept of sums in a folder; whoever got hold of their keys could take noise away.
+
+    Raises:
+        StorageError: if the disk refuses.
+    """
+    try:
+        for old in parent.iterdir() if parent.exists() else ():
+            RoundKeyFile(old / _KEY).destroy()
+            rmtree(old)
+    except OSError as error:
+        raise StorageError(f"cannot remove old sums from {parent}: {error.strerror or error}") from error
 
 
 def _digest(body: bytes) -> bytes:

@@ -240,6 +240,23 @@ class Ledger:
             )
         return self._key.sign(purpose, content)
 
+    def require_room(self, events: Sequence[DpEvent]) -> None:
+        """Refuse ahead of time what could not be charged later, one event after the other; nothing is charged.
+
+        Raises:
+            BudgetExhausted: if the composed epsilon would exceed the budget.
+            LedgerKeyLost: if the ledger's key is not here.
+        """
+        self.sign("probe", b"")
+        total = self._total
+        for event in events:
+            total = total.with_event(event)
+        if not (epsilon := total.epsilon(self.budget.delta)) <= self.budget.epsilon:
+            raise BudgetExhausted(
+                f"{len(events)} charges would take {self.owner!r} from epsilon {self.spent().epsilon:.4f} to {epsilon:.4f}, over "
+                f"the budget of {self.budget.epsilon:g} at delta {self.budget.delta:g} for {self._terms['scope']}"
+            )
+
     def reserve(self, charged: DpEvent, *, round: int, purpose: str, commitment: str) -> Permit:
         """Charge one event of a round, durably, and issue its permit; arguments and errors are those of `charge_all`."""
         (row,) = Ledger.charge_all([self], charged, round=round, purpose=purpose, commitment=commitment)
