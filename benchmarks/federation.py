@@ -205,7 +205,7 @@ def report(names: list[str], plan: PrivacyPlan, size: int, rounds: int, folder: 
     link = Link(kit)
     log = open_log(folder / "bench.log", run="bench")
     exchange = SiteExchange(
-        "bench", names, plan, roster=kit.roster, link=link, folder=folder / "sums", deadline=600.0, again=300.0, log=log
+        "bench", names, plan, roster=kit.roster, link=link, folder=folder / "sums", deadline=600.0, again=60.0, log=log
     )
     request = Request(Purpose.TRAINING, 1, plan.content_id, {"lora_B": torch.zeros(size)}, 1.0)
     seconds, memory = [], []

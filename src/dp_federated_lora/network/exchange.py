@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol, final
+from typing import Final, NoReturn, Protocol, final
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from dp_federated_lora.network.messages import VERSION, Answered, Asked, Failed,
 from dp_federated_lora.privacy import BoundedSum, PrivacyPlan, Released, SecureRandom
 from dp_federated_lora.runtime import encode_request
 from dp_federated_lora.secagg import STAGES, ServerSession
+
+AT_A_TIME: Final = 64
+"""Sites that are asked at the same time: more answers than the broker holds for one reader would be lost."""
 
 
 class Link(Protocol):
@@ -101,33 +105,33 @@ class SiteExchange:
         self._reasons.clear()
         with self._metrics.sum_under_way():
             for stage in range(len(STAGES)):
-                asked = {
-                    name: encode(Asked(VERSION, self._run, sum_id, tuple(members), stage, sent if stage == 0 else b"", body))
-                    for name, body in messages.items()
-                }
+
+                def ask(name: str, stage: int = stage, bodies: Mapping[str, bytes] = messages) -> bytes:
+                    first = sent if stage == 0 else b""
+                    return encode(Asked(VERSION, self._run, sum_id, tuple(members), stage, first, bodies[name]))
+
                 try:
                     with self._metrics.step_under_way(STAGES[stage]):
-                        self._step(server, sum_id, stage, asked)
+                        self._step(server, sum_id, stage, list(messages), ask)
                     messages = server.advance()
                 except SecureSumAborted as error:
                     reasons = "".join(f"; {name}: {reason}" for name, reason in self._reasons.items())
                     raise SecureSumAborted(f"{error}{reasons}") from error
         return torch.from_numpy(server.total.integers.astype("int64"))
 
-    def _step(self, server: ServerSession, sum_id: str, stage: int, asked: Mapping[str, bytes]) -> None:
+    def _step(self, server: ServerSession, sum_id: str, stage: int, asked: Sequence[str], ask: Callable[[str], bytes]) -> None:
         """Ask, and take answers until all that can come are there; then write down who answered."""
         before = self._members_of(sum_id, stage)
         missing = set(asked) if before is None else set(before)
         answered: list[str] = []
-        deadline, again = self._clock() + self._deadline, 0.0
+        turns = _Turns(sorted(missing), self._again)
+        deadline = self._clock() + self._deadline
         if stage == 0 and before is None:
             deadline = max(deadline, self._clock() + self._patience)
         while missing and (now := self._clock()) < deadline:
-            if now >= again:
-                for name in sorted(missing):
-                    self._link.send(name, asked[name])
-                again = now + self._again
-            received = self._link.receive(max(min(again, deadline) - now, 0.0))
+            for name in turns.due(now, missing):
+                self._link.send(name, ask(name))
+            received = self._link.receive(max(min(turns.next(now), deadline) - now, 0.0))
             if received is None or received[0] not in missing:
                 continue
             name, data = received
@@ -147,6 +151,8 @@ class SiteExchange:
             except (MessageRefused, SecureSumAborted) as error:
                 self._log.warning("an answer was refused", site=name, reason=str(error))
                 self._metrics.refused("answer")
+            if name not in missing:
+                turns.over(name)
         if before is not None and sorted(answered) != sorted(before):
             raise SecureSumAborted(f"of {len(before)} who answered step {stage} before, {len(answered)} answered it again")
         if before is None:
@@ -156,7 +162,7 @@ class SiteExchange:
     def _members_of(self, sum_id: str, stage: int) -> list[str] | None:
         """Who answered a step before this coordinator died; None if nobody knows."""
         file = self._file(sum_id, stage)
-        return file.read_text(encoding="utf-8").split("\n") if file.exists() else None
+        return file.read_text(encoding="utf-8").split() if file.exists() else None
 
     def _file(self, sum_id: str, stage: int) -> Path:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -164,6 +170,34 @@ class SiteExchange:
             if not other.name.startswith(sum_id):
                 other.unlink()
         return self._folder / f"{sum_id}-{stage}"
+
+
+@final
+class _Turns:
+    """Whose turn it is to be asked: at most `AT_A_TIME` at the same time, and again after a while without an answer."""
+
+    def __init__(self, names: Sequence[str], again: float) -> None:
+        self._waiting, self._again = deque(names), again
+        self._asked: dict[str, float] = {}
+
+    def due(self, now: float, missing: Collection[str]) -> Iterator[str]:
+        """Who of those still missing is to be asked now."""
+        for name in [name for name, then in self._asked.items() if now - then >= self._again]:
+            del self._asked[name]
+            self._waiting.append(name)
+        while self._waiting and len(self._asked) < AT_A_TIME:
+            name = self._waiting.popleft()
+            if name in missing:
+                self._asked[name] = now
+                yield name
+
+    def next(self, now: float) -> float:
+        """When somebody is to be asked again, if nobody answers."""
+        return min(self._asked.values(), default=now) + self._again
+
+    def over(self, name: str) -> None:
+        """Nothing is due from `name` any more."""
+        self._asked.pop(name, None)
 
 
 def _refuse() -> NoReturn:
