@@ -21,8 +21,8 @@ from dp_federated_lora import train
 from dp_federated_lora.data import Examples, length_batches
 from dp_federated_lora.federated import Purpose, Request
 from dp_federated_lora.lab.config import load_config
-from dp_federated_lora.lab.recipes import recipe_text
 from dp_federated_lora.lab.plans import privacy_plan
+from dp_federated_lora.lab.recipes import recipe_text
 from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.privacy import SecureRandom
 
