@@ -10,7 +10,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from dp_federated_lora.data import iid, read_table, resolve
-from dp_federated_lora.lab.config import Config
+from dp_federated_lora.lab.config import Config, parse_config
 from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.run import Run, TrainResult
@@ -25,6 +25,16 @@ from dp_federated_lora.network.site_run import SiteFacts, SiteRun, software
 from dp_federated_lora.signing import SigningKey
 
 RUN = "run-1"
+Raw = dict[str, dict[str, object]]
+
+
+def networked(raw: Raw, *, rounds: int = 3, **run: object) -> Config:
+    """A configuration for five sites, whose noise a test can repeat."""
+    raw["federation"] = {"clients": 5, "partition": "iid"}
+    raw["privacy"] |= {"trust": "distributed", "rounds": rounds}
+    raw["secure_sum"] = {"colluders": 0, "dropouts": 0.2}
+    raw["run"] |= {"insecure_seed": 7, "threads": 1} | run
+    return parse_config(raw, where="test")
 
 
 def a_policy(config: Config, **plan: object) -> SitePolicy:

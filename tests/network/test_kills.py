@@ -16,7 +16,7 @@ import pytest
 
 from dp_federated_lora import train
 from dp_federated_lora.errors import LedgerCorrupt, LedgerLocked, RunError
-from dp_federated_lora.lab.config import Config, parse_config
+from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.ledgers import ledgers_at
 from dp_federated_lora.network import local
 from dp_federated_lora.network.administration import ask
@@ -24,18 +24,10 @@ from dp_federated_lora.network.kit import Kit
 from dp_federated_lora.network.provisioning import provision
 from dp_federated_lora.network.runs import UNFINISHED
 from dp_federated_lora.network.submissions import sign_submission
-from federation import adapter_bytes
+from federation import adapter_bytes, networked
 
 Raw = dict[str, dict[str, object]]
 SITES = [f"client-{number}" for number in range(5)]
-
-
-def networked(raw: Raw) -> Config:
-    raw["federation"] = {"clients": 5, "partition": "iid"}
-    raw["privacy"] |= {"trust": "distributed", "rounds": 12}
-    raw["secure_sum"] = {"colluders": 0, "dropouts": 0.2}
-    raw["run"] |= {"insecure_seed": 7, "threads": 1}
-    return parse_config(raw, where="test")
 
 
 class Programs:
@@ -92,7 +84,7 @@ def status_of(kit: Kit) -> dict[str, Any]:
 def test_killed_programs_come_back_and_the_adapter_is_the_simulators(
     raw_config: Raw, tmp_path: Path, victims: list[str], seed: int
 ):
-    config, draw = networked(raw_config), random.Random(seed)
+    config, draw = networked(raw_config, rounds=12), random.Random(seed)
     expected = adapter_bytes(train(config, out=tmp_path / "simulated").path)
     with ExitStack() as stack:
         programs = Programs(config, tmp_path / "network", stack)

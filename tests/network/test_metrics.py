@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from dp_federated_lora.cli import main as cli
 from dp_federated_lora.cli import network as network_commands
 from dp_federated_lora.errors import ConfigError
-from dp_federated_lora.lab.config import Config, parse_config
+from dp_federated_lora.lab.config import Config
 from dp_federated_lora.monitoring.prometheus import CoordinatorMetrics, SiteMetrics
 from dp_federated_lora.network.administration import Order
 from dp_federated_lora.network.coordinator import Coordinator
@@ -26,19 +26,11 @@ from dp_federated_lora.network.provisioning import provision
 from dp_federated_lora.network.site import Site
 from dp_federated_lora.network.submissions import sign_submission
 from dp_federated_lora.secagg import STAGES
-from federation import RUN, LocalLink, Sites, a_policy, coordinate, tables_of_sites
+from federation import RUN, LocalLink, Sites, a_policy, coordinate, networked, tables_of_sites
 from kits import a_project, free_ports
 
 Raw = dict[str, dict[str, object]]
 SITES = [f"client-{number}" for number in range(5)]
-
-
-def networked(raw: Raw) -> Config:
-    raw["federation"] = {"clients": 5, "partition": "iid"}
-    raw["privacy"] |= {"trust": "distributed", "rounds": 2}
-    raw["secure_sum"] = {"colluders": 0, "dropouts": 0.2}
-    raw["run"] |= {"insecure_seed": 7, "threads": 1}
-    return parse_config(raw, where="test")
 
 
 def lines_of(metrics: CoordinatorMetrics | SiteMetrics) -> set[str]:
@@ -56,7 +48,7 @@ def test_sums_over_a_link_are_counted_with_whom_they_lost_and_what_was_refused(r
             answers = [(site, encode(Failed(VERSION, RUN, message.sum_id, message.stage, "no")))]
         return [(site, b"garbage"), *answers]
 
-    config, metrics = networked(raw_config), CoordinatorMetrics()
+    config, metrics = networked(raw_config, rounds=2), CoordinatorMetrics()
     sites = Sites(config, tmp_path / "sites")
     result = coordinate(config, sites, LocalLink(sites, fault), tmp_path / "run", deadline=600.0, metrics=metrics)
     assert lines_of(metrics) >= {
@@ -120,7 +112,7 @@ class Federation:
 
 
 def test_a_whole_run_is_counted_from_its_submission_to_its_end(raw_config: Raw, tmp_path: Path):
-    federation = Federation(networked(raw_config), tmp_path / "all")
+    federation = Federation(networked(raw_config, rounds=2), tmp_path / "all")
     federation.run()
     metrics, sites = federation.coordinator.metrics, [site.metrics for site in federation.sites.values()]
     assert federation.seen >= {
@@ -146,7 +138,7 @@ def test_a_whole_run_is_counted_from_its_submission_to_its_end(raw_config: Raw, 
 
 
 def test_a_run_that_a_policy_refuses_is_counted_at_both_sides(raw_config: Raw, tmp_path: Path):
-    federation = Federation(networked(raw_config), tmp_path / "all", max_epsilon=1.0)
+    federation = Federation(networked(raw_config, rounds=2), tmp_path / "all", max_epsilon=1.0)
     federation.run()
     lines = lines_of(federation.coordinator.metrics)
     assert {'dpfl_coordinator_refusals_total{what="run"} 1.0', 'dpfl_coordinator_runs{state="failed"} 1.0'} <= lines
@@ -159,7 +151,7 @@ def command(request: pytest.FixtureRequest, kits: Path, raw_config: Raw, tmp_pat
     words = [request.param, "--kit", str(kits / ("main" if request.param == "coordinator" else "a")), "--state"]
     words.append(str(tmp_path / "state"))
     if request.param == "site":
-        policy = a_policy(networked(raw_config)).model_dump(mode="json")
+        policy = a_policy(networked(raw_config, rounds=2)).model_dump(mode="json")
         (tmp_path / "policy.toml").write_text(tomli_w.dumps(policy))
         (tmp_path / "data.csv").touch()
         words += ["--data", str(tmp_path / "data.csv"), "--data-set", "texts", "--policy", str(tmp_path / "policy.toml")]

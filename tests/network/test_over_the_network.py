@@ -30,20 +30,12 @@ from dp_federated_lora.network.provisioning import provision
 from dp_federated_lora.network.runs import UNFINISHED
 from dp_federated_lora.network.site import Site
 from dp_federated_lora.network.submissions import sign_submission
-from federation import a_policy, adapter_bytes, tables_of_sites
+from federation import a_policy, adapter_bytes, networked, tables_of_sites
 from kits import a_project, free_ports
 
 Raw = dict[str, dict[str, object]]
 ONE_PROCESS = threading.Lock()  # loading a model hides warnings, which threads of one process cannot do at the same time
 SITES = [f"client-{number}" for number in range(5)]
-
-
-def networked(raw: Raw, **run: object) -> Config:
-    raw["federation"] = {"clients": 5, "partition": "iid"}
-    raw["privacy"] |= {"trust": "distributed", "rounds": 3}
-    raw["secure_sum"] = {"colluders": 0, "dropouts": 0.2}
-    raw["run"] |= {"insecure_seed": 7, "threads": 1} | run
-    return parse_config(raw, where="test")
 
 
 class Federation:

@@ -29,17 +29,9 @@ from dp_federated_lora.network.messages import Answered, Asked, Failed, encode
 from dp_federated_lora.network.site_run import SiteRun
 from dp_federated_lora.runtime import decode_request, encode_request
 from dp_federated_lora.secagg import ServerSession
-from federation import RUN, LocalLink, Sites, a_policy, adapter_bytes, coordinate, exchange_of
+from federation import RUN, LocalLink, Sites, a_policy, adapter_bytes, coordinate, exchange_of, networked
 
 Raw = dict[str, dict[str, object]]
-
-
-def networked(raw: Raw, **run: object) -> Config:
-    raw["federation"] = {"clients": 5, "partition": "iid"}
-    raw["privacy"] |= {"trust": "distributed", "rounds": 3}
-    raw["secure_sum"] = {"colluders": 0, "dropouts": 0.2}
-    raw["run"] |= {"insecure_seed": 7, "threads": 1} | run
-    return parse_config(raw, where="test")
 
 
 @pytest.mark.parametrize("unit", ["example", "client"])
@@ -68,15 +60,15 @@ class Dead(Exception):
 class Chaos:
     """Answers are lost, repeated and held back by a generator's choice; sites die before or after they answer."""
 
-    def __init__(self, seed: int, *, sites_die: bool = True) -> None:
+    def __init__(self, seed: int, *, deaths: float = 0.1) -> None:
         self.draw = random.Random(seed)
-        self.sites_die, self.held = sites_die, list[tuple[str, bytes]]()
+        self.rate, self.held = deaths, list[tuple[str, bytes]]()
         self.link: LocalLink | None = None
         self.deaths = 0
 
     def __call__(self, site: str, message: Asked, answers: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
         assert self.link is not None
-        if self.sites_die and self.draw.random() < 0.1:
+        if self.draw.random() < self.rate:
             self.deaths += 1
             self.link.sites.runs[site] = self.link.sites.join(site)
             if self.draw.random() < 0.5:
@@ -356,3 +348,21 @@ def test_the_reason_of_a_site_that_leaves_every_sum_is_in_the_error(raw_config: 
 
     with pytest.raises(SecureSumAborted, match="in a row.*client-0: the disk is full; client-1: the disk is full"):
         coordinate(config, sites, LocalLink(sites, lost), tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_thousand_rounds_of_chaos_all_complete(raw_config: Raw, tmp_path: Path):
+    raw_config["training"] |= {"head_rounds": 999}
+    config = networked(raw_config, rounds=1000)
+    chaos = Chaos(1, deaths=0.003)
+    sites = Sites(config, tmp_path / "sites")
+    chaos.link = link = LocalLink(sites, chaos)
+    for point in range(2_000, 30_000, 2_000):
+        with suppress(Dead):
+            coordinate(config, sites, Killer(link, point), tmp_path / "out", deadline=3600.0)
+    result = coordinate(config, sites, link, tmp_path / "out", deadline=3600.0)
+    (ledger,) = ledgers_at(str(tmp_path / "out"))
+    assert (result.rounds, ledger.spent().charges, ledger.spent().released) == (1000, 1000, 1000)
+    assert chaos.deaths > 50
+    assert [charges_of(tmp_path / "sites", name) for name in sites.keys] == [1000] * 5
