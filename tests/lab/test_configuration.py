@@ -163,3 +163,17 @@ def test_the_statement_says_what_an_example_is_where_texts_are_cut():
     covered = [row for row in rows if row.epsilon is not None]
     assert covered
     assert all(any("at most 32 tokens" in assumption for assumption in row.assumptions) for row in covered)
+
+
+def test_a_configuration_of_an_earlier_version_keeps_its_id():
+    """A run is resumed, and a study's result found again, by it: a new key that is not set must not change it."""
+    raw = {
+        "model": {"source": "builtin:random-vit", "task": "classification"},
+        "lora": {"targets": ["query"]},
+        "data": {"train": "train.csv", "label_column": "y", "labels": ["a", "b"], "image_column": "x"},
+        "federation": {"clients": 2},
+        "privacy": {"unit": "example", "epsilon": 1.0, "sampling_rate": 0.5, "rounds": 2, "population": 10},
+        "run": {"out": "out"},
+    }
+    expected = "a002a315931f6707c48b0fcc1ab15fb511e96ae0f442510e22783ba357e00cb5"
+    assert parse_config(raw, where="test").content_id == expected

@@ -163,7 +163,7 @@ class Run:
             clients,
             self._bench.learner,
             stack_tokens=config.run.stack_tokens,
-            dropout_rate=config.federation.dropout_rate,
+            dropout_rate=config.federation.dropout_rate or 0.0,
         )
         self._exchange, self._server = instrument(exchange, server)
         self._ledger = Ledger.open(directory.ledger, budget=self._plan.budget, owner=OWNER)

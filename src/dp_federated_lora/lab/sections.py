@@ -101,7 +101,7 @@ class FederationSection(Section):
     clients: Count
     partition: Literal["iid", "dirichlet", "column"] = "iid"
     alpha: Positive = 0.3
-    dropout_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     columns: Annotated[tuple[str, ...], Field(strict=False)] = ()
     max_staleness: Annotated[int, Field(ge=0)] = 0
     ranks: Annotated[tuple[RankSection, ...], Field(strict=False)] = ()

@@ -338,7 +338,10 @@ async def serve(coordinator: Coordinator, *, ready: Callable[[], None] = lambda:
     async with await Connection.connect(coordinator.kit) as connection:
 
         def send(subject: str, data: bytes) -> None:
+            """Send from the thread of a run."""
+
             async def publish() -> None:
+                """Send in parts."""
                 for part in cut(data):
                     await connection.publish(subject, part)
 
@@ -353,6 +356,7 @@ async def serve(coordinator: Coordinator, *, ready: Callable[[], None] = lambda:
         ready()
 
         async def hear(site: str, inbox: Inbox) -> None:
+            """Hand a site's messages to the run under way."""
             parts = Assembly()
             async for message in inbox:
                 try:
@@ -363,6 +367,7 @@ async def serve(coordinator: Coordinator, *, ready: Callable[[], None] = lambda:
                     coordinator.heard(site, whole)
 
         async def obey() -> None:
+            """Answer administrators."""
             async for message in people:
                 sender, verb = message.sender, message.subject.rpartition(".")[2]
                 if sender is not None:
