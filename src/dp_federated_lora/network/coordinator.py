@@ -16,7 +16,7 @@ from dp_federated_lora.data import resolve
 from dp_federated_lora.errors import DpflError, MessageRefused, PolicyRefused, RunError, RunInterrupted
 from dp_federated_lora.federated import RoundReport
 from dp_federated_lora.files import FolderLock
-from dp_federated_lora.lab.config import parse_config_text
+from dp_federated_lora.lab.config import Config, parse_config_text
 from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.run import Run
@@ -288,13 +288,7 @@ class Coordinator:
             config=order.config,
             signature=order.signature,
         )
-        config = parse_config_text(order.config, where="the configuration")
-        if config.privacy.trust != "distributed" or config.federation.dropout_rate or config.ledger:
-            raise RunError(
-                'sites take part in secure sums alone and keep their own ledgers: set privacy.trust = "distributed", and remove '
-                "federation.dropout_rate and [ledger]"
-            )
-        privacy_plan(config)
+        require_networked(parse_config_text(order.config, where="the configuration"))
         time_ = datetime.now(UTC).isoformat(timespec="milliseconds")
         with self._work:
             self.table.add(RunRecord(order.run, person, order.config, order.signature, time_))
@@ -322,6 +316,21 @@ class Coordinator:
         whole = [line for line in file.read_text(encoding="utf-8").split("\n")[:-1] if line]
         names = [name for name in RoundReport.__dataclass_fields__ if name != "bytes_per_client"]
         return [{name: json.loads(line)[name] for name in names} for line in whole]
+
+
+def require_networked(config: Config) -> None:
+    """Check that a configuration can be run over a network.
+
+    Raises:
+        RunError: if sites could not take part in it.
+        IncompatiblePlan: if it has no plan.
+    """
+    if config.privacy.trust != "distributed" or config.federation.dropout_rate or config.ledger:
+        raise RunError(
+            'sites take part in secure sums alone and keep their own ledgers: set privacy.trust = "distributed", and remove '
+            "federation.dropout_rate and [ledger]"
+        )
+    privacy_plan(config)
 
 
 async def serve(coordinator: Coordinator, *, ready: Callable[[], None] = lambda: None) -> None:

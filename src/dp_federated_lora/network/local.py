@@ -23,6 +23,7 @@ from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.workbench import Workbench, participant_names
 from dp_federated_lora.network.administration import ask
 from dp_federated_lora.network.broker import Broker
+from dp_federated_lora.network.coordinator import require_networked
 from dp_federated_lora.network.kit import Kit
 from dp_federated_lora.network.offer import Offer, model_id
 from dp_federated_lora.network.project import Project
@@ -51,8 +52,9 @@ def up(config: Config, folder: Path, *, on_status: Report = lambda _: None) -> d
         The last status.
 
     Raises:
-        RunError: if the folder exists, a program ends early, or the run fails.
+        RunError: if sites could not take part, the folder exists, a program ends early, or the run fails.
     """
+    require_networked(config)
     if folder.exists():
         raise RunError(f"{folder} exists and is never overwritten: name another folder")
     folder.mkdir(parents=True, mode=0o700)

@@ -184,9 +184,11 @@ class SiteRun:
             self._lifetime[purpose].require_room(left)
 
     def _earlier(self, number: int) -> list[int]:
-        """Serials of the last charge of each release before round `number`."""
-        last = {(row.round, row.facts["purpose"]): row.serial for row in self._ledger.rows() if row.kind == "reserve"}
-        return [serial for (round_, _), serial in last.items() if round_ < number]
+        """Serials of the last charge of each release before round `number` that is not recorded as published yet."""
+        rows = self._ledger.rows()
+        published = {row.facts["of"] for row in rows if row.kind == "commit"}
+        last = {(row.round, row.facts["purpose"]): row.serial for row in rows if row.kind == "reserve"}
+        return [serial for (round_, _), serial in last.items() if round_ < number and serial not in published]
 
     def _stream(self, request: Request, folder: SumFolder) -> SecureRandom:
         """This site's stream for a sum: from its own entropy, kept until the sum is over.
