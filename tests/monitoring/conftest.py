@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from dp_federated_lora.monitoring.statement import StatementRow
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundReport:
@@ -23,18 +25,6 @@ class RoundReport:
     bytes_per_client: int
     public_metrics: Mapping[str, float]
     private_metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StatementRow:
-    """The shape of privacy.StatementRow."""
-
-    adversary: str
-    unit: str
-    relation: str
-    epsilon: float | None
-    delta: float | None
-    assumptions: tuple[str, ...]
 
 
 @pytest.fixture(scope="session")

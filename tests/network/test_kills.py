@@ -46,14 +46,9 @@ class Programs:
             self.start(name)
 
     def start(self, name: str) -> None:
-        words = {
-            "broker": ["broker", str(self.folder / "project.toml"), str(self.kits)],
-            "coordinator": ["coordinator", "--kit", str(self.kits / "coordinator"), "--state", str(self.folder / "coordinator")],
-        }
-        own = self.folder / name
-        site = ["site", "--kit", str(self.kits / name), "--data", str(own / "data.csv"), "--data-set", local.DATA_SET]
-        site += ["--policy", str(own / "policy.toml"), "--state", str(own / "state"), "--threads", "1"]
-        program = local._program(words.get(name, site), self.folder / f"{name}.log")
+        broker = ["broker", str(self.folder / "project.toml"), str(self.kits)]
+        words = broker if name == "broker" else local._words(name, self.folder)
+        program = local._program(words, self.folder / f"{name}.log")
         self.running[name] = self.stack.enter_context(program)
 
     def kill(self, name: str) -> None:

@@ -163,8 +163,16 @@ class RoundKeyFile:
         except FileNotFoundError:
             pass
         fresh = SecureRandom.from_os()
-        write_durably(self._path, f"{number}\n".encode() + fresh.export_key(), mode=0o600)
+        self.keep(number, fresh)
         return fresh
+
+    def keep(self, number: int, key: SecureRandom) -> None:
+        """Save the key of round `number`, for `open_round`.
+
+        Raises:
+            StorageError: if it cannot be saved.
+        """
+        write_durably(self._path, f"{number}\n".encode() + key.export_key(), mode=0o600)
 
     def destroy(self) -> None:
         """Overwrite and remove the key of a finished round."""

@@ -114,7 +114,8 @@ class Attackers:
             clients[index] = replace(clients[index], examples=poison(own, labels))
             if clients[index].examples.tokens != own.tokens:
                 exchange.learner.prepare(clients[index].examples)
-        return Simulator(clients, exchange.learner, stack_tokens=exchange.stack_tokens), server
+        poisoned = Simulator(clients, exchange.learner, stack_tokens=exchange.stack_tokens, dropout_rate=exchange.dropout_rate)
+        return poisoned, server
 
 
 @final
@@ -226,7 +227,7 @@ def scores_under_attack(
         raise AuditError("what an attack does shows in scores: configure public data.test")
     untrained = bench.model.state()
     server, state = bench.server(plan)
-    exchange: Exchange = Simulator(clients, bench.learner, stack_tokens=config.run.stack_tokens)
+    exchange: Exchange = bench.simulator(clients)
     if attack is not None:
         exchange, server = Attackers(exchange.names[:liars], attack).wrap(exchange, server)
     with TemporaryDirectory() as folder:

@@ -285,7 +285,7 @@ class Config(Section):
         if self.run.stack_tokens:
             problems.append('run.stack_tokens: with trust = "distributed" each participant is computed alone; remove it')
         section, members = self.secure_sums, self.members_of_a_sum
-        fewest = members - int(section.dropouts * members)
+        fewest = self.fewest_of_a_sum
         opening = (members + section.colluders) // 2 + 1
         if fewest < max(opening, section.colluders + 2):
             problems.append(
@@ -346,6 +346,11 @@ class Config(Section):
     def members_of_a_sum(self) -> int:
         """How many participants a secure sum has: those of a group, where a robust rule looks at groups."""
         return self.federation.clients // ((self.robust and self.robust.groups) or 1)
+
+    @property
+    def fewest_of_a_sum(self) -> int:
+        """How many participants a secure sum has at least, whoever drops out."""
+        return self.members_of_a_sum - int(self.secure_sums.dropouts * self.members_of_a_sum)
 
     @property
     def population(self) -> int:

@@ -77,13 +77,13 @@ def _noise_shares(config: Config) -> Callable[[float], SharedNoise] | None:
     """What makes noise of a multiplier out of participants' shares, under trust = "distributed"."""
     if config.privacy.trust != "distributed":
         return None
-    section, members = config.secure_sums, config.members_of_a_sum
+    section = config.secure_sums
     return lambda z: SharedNoise(
         noise_multiplier=z,
         noise=section.noise,
         bits=section.bits,
-        max_cohort=members,
-        min_cohort=members - int(section.dropouts * members),
+        max_cohort=config.members_of_a_sum,
+        min_cohort=config.fewest_of_a_sum,
         colluders=section.colluders,
         units=config.population if config.privacy.unit == "example" else None,
     )

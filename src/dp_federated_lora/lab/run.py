@@ -39,7 +39,6 @@ from dp_federated_lora.monitoring.metrics import MetricsFile, read_metrics
 from dp_federated_lora.monitoring.report import TRAINED_SHARE, AuditFigures, render_report
 from dp_federated_lora.monitoring.statement import StatementRow
 from dp_federated_lora.privacy import DpEvent, Ledger, PrivacyPlan, SecureRandom, Spend, Trust
-from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.training import evaluate_model
 
 OWNER: Final = "all participants of this run"
@@ -159,12 +158,7 @@ class Run:
         sets = [examples for client in clients for examples in (client.examples, client.held_out)]
         self._prepare(sets if self._probe is None else [*sets, self._probe])
         server, self._state = self._bench.server(self._plan)
-        exchange = exchange or Simulator(
-            clients,
-            self._bench.learner,
-            stack_tokens=config.run.stack_tokens,
-            dropout_rate=config.federation.dropout_rate or 0.0,
-        )
+        exchange = exchange or self._bench.simulator(clients)
         self._exchange, self._server = instrument(exchange, server)
         self._ledger = Ledger.open(directory.ledger, budget=self._plan.budget, owner=OWNER)
         self._lifetime = LifetimeBudgets.open(config)

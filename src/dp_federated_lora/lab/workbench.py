@@ -36,6 +36,7 @@ from dp_federated_lora.lora import AdaptedModel, Classifier, Factor, Task, adapt
 from dp_federated_lora.privacy import (
     PrivacyPlan,
 )
+from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.training import Learner, LocalSteps
 
 LABEL_WEIGHT: Final = 8.0
@@ -305,6 +306,15 @@ class Workbench:
         tier, ranks = participant_tiers(self.config)[number], participant_ranks(self.config)
         rank = ranks[number] if ranks else None
         return Client(name, rest, plan, self.method, local_steps(self.config), held_out, tier, rank, memory)
+
+    def simulator(self, clients: Sequence[Client]) -> Simulator:
+        """An engine of these clients in this process, as the configuration says."""
+        return Simulator(
+            clients,
+            self.learner,
+            stack_tokens=self.config.run.stack_tokens,
+            dropout_rate=self.config.federation.dropout_rate or 0.0,
+        )
 
     def prepare(self, plan: PrivacyPlan, *sets: Examples, on_progress: Callable[[float], None] = lambda _: None) -> bool:
         """Compute what never changes of examples, if one is expected to be used more than once; whether it was."""

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, final, get_args
 
 from dp_federated_lora.data import resolve
 from dp_federated_lora.errors import DpflError, MessageRefused, PolicyRefused, RunError, RunInterrupted
-from dp_federated_lora.federated import RoundReport
 from dp_federated_lora.files import FolderLock
 from dp_federated_lora.lab.config import Config, parse_config_text
 from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.run import Run
 from dp_federated_lora.monitoring.log import open_log
+from dp_federated_lora.monitoring.metrics import read_metrics
 from dp_federated_lora.monitoring.prometheus import CoordinatorMetrics
 from dp_federated_lora.network.administration import Order, answer_to, read_order
 from dp_federated_lora.network.audit_log import AuditLog
@@ -81,7 +80,7 @@ class Coordinator:
         self._answers: dict[tuple[str, str, str], bytes] = {}  # to administrators
         self._send: Callable[[str, bytes], None] = lambda *_: None
         self._work = threading.Condition()
-        self._closing = False
+        self._closing = self._stopping = False
         self._running = ""
 
     # --- the link to sites: called from the thread of a run ---------------------------------------------
@@ -95,7 +94,7 @@ class Coordinator:
         """The next message of any site; as `Link`."""
         if self._closing:
             raise RunInterrupted("the coordinator is closing; it goes on with the run when it is started again")
-        if self.table.get(self._running).stop:
+        if self._stopping:
             raise RunInterrupted("an administrator stopped the run")
         try:
             return self._from_sites.get(timeout=min(timeout, 1.0))
@@ -132,14 +131,14 @@ class Coordinator:
         return next((record for record in self.table.all() if record.state in UNFINISHED), None)
 
     def _run(self, record: RunRecord) -> None:
-        self._running = record.run
+        self._running, self._stopping = record.run, bool(record.stop)
         while not self._from_sites.empty():
             self._from_sites.get_nowait()
         try:
             reason = self._train(record)
-            state = "stopped" if self.table.get(record.run).stop else "finished"
+            state = "stopped" if self._stopping else "finished"
         except RunInterrupted as error:
-            if not self.table.get(record.run).stop:
+            if not self._stopping:
                 return  # closing: it goes on at the next start
             state, reason = "stopped", str(error)
         except DpflError as error:
@@ -192,7 +191,7 @@ class Coordinator:
             try:
                 run.train()
             except RunInterrupted:
-                if not self.table.get(record.run).stop or not run.published:
+                if not self._stopping or not run.published:
                     raise
             return run.write_results().stopped or ""
 
@@ -207,8 +206,8 @@ class Coordinator:
         end = time.monotonic() + self._patience
         while missing:
             if (now := time.monotonic()) > end:
-                names_ = ", ".join(sorted(missing))
-                raise RunError(f"{names_} did not answer within {self._patience:g} seconds: start them, and submit the run anew")
+                silent = ", ".join(sorted(missing))
+                raise RunError(f"{silent} did not answer within {self._patience:g} seconds: start them, and submit the run anew")
             if now >= again:
                 for site in missing:
                     self.send(site, offered)
@@ -265,12 +264,14 @@ class Coordinator:
                 if record.state not in UNFINISHED:
                     raise RunError(f"run {order.run} is over ({record.state}): there is nothing to stop")
                 self.table.set(order.run, stop=person)
+                self._stopping = self._stopping or order.run == self._running
                 self._audit.append(f"administrator {person}", "stopped a run", {"run": order.run})
                 return {"run": order.run, "state": "stopping"}
             case "runs":
-                return [self._facts(record) for record in self.table.all()]
+                return [self._facts(record, self._rounds(record.run)) for record in self.table.all()]
             case "status":
-                return self._facts(self.table.get(order.run)) | {"rounds": self._rounds(order.run)}
+                rounds = self._rounds(order.run)
+                return self._facts(self.table.get(order.run), rounds) | {"rounds": rounds}
             case "sites":
                 now = time.monotonic()
                 return [
@@ -289,15 +290,14 @@ class Coordinator:
             signature=order.signature,
         )
         require_networked(parse_config_text(order.config, where="the configuration"))
-        time_ = datetime.now(UTC).isoformat(timespec="milliseconds")
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
         with self._work:
-            self.table.add(RunRecord(order.run, person, order.config, order.signature, time_))
+            self.table.add(RunRecord(order.run, person, order.config, order.signature, now))
             self._work.notify_all()
         self._audit.append(f"administrator {person}", "submitted a run", {"run": order.run})
         return {"run": order.run, "state": self.table.get(order.run).state}
 
-    def _facts(self, record: RunRecord) -> dict[str, Any]:
-        rounds = self._rounds(record.run)
+    def _facts(self, record: RunRecord, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {
             "run": record.run,
             "state": record.state,
@@ -313,9 +313,7 @@ class Coordinator:
         file = RunDirectory(self._folder / "runs" / run).metrics
         if not file.exists():
             return []
-        whole = [line for line in file.read_text(encoding="utf-8").split("\n")[:-1] if line]
-        names = [name for name in RoundReport.__dataclass_fields__ if name != "bytes_per_client"]
-        return [{name: json.loads(line)[name] for name in names} for line in whole]
+        return [{name: value for name, value in row.items() if name != "bytes_per_client"} for row in read_metrics(file)]
 
 
 def require_networked(config: Config) -> None:

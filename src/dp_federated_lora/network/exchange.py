@@ -103,6 +103,7 @@ class SiteExchange:
         terms = terms_of(request, self._plan, size=size, sum_id=sum_id, sent=sent, roster=roster)
         server, messages = ServerSession(terms), dict.fromkeys(members, b"")
         self._reasons.clear()
+        self._forget_others(sum_id)
         with self._metrics.sum_under_way():
             for stage in range(len(STAGES)):
 
@@ -165,11 +166,13 @@ class SiteExchange:
         return file.read_text(encoding="utf-8").split() if file.exists() else None
 
     def _file(self, sum_id: str, stage: int) -> Path:
+        return self._folder / f"{sum_id}-{stage}"
+
+    def _forget_others(self, sum_id: str) -> None:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for other in self._folder.iterdir():
             if not other.name.startswith(sum_id):
                 other.unlink()
-        return self._folder / f"{sum_id}-{stage}"
 
 
 @final

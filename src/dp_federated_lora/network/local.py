@@ -65,12 +65,9 @@ def up(config: Config, folder: Path, *, on_status: Report = lambda _: None) -> d
     _prepare_sites(config, names, folder)
     with ExitStack() as stack:
         stack.enter_context(Broker(project, kits / "broker"))
-        programs = {"coordinator": ["coordinator", "--kit", str(kits / "coordinator"), "--state", str(folder / "coordinator")]}
-        for name in names:
-            own = folder / name
-            programs[name] = ["site", "--kit", str(kits / name), "--data", str(own / "data.csv"), "--data-set", DATA_SET]
-            programs[name] += ["--policy", str(own / "policy.toml"), "--state", str(own / "state"), "--threads", "1"]
-        running = {name: stack.enter_context(_program(words, folder / f"{name}.log")) for name, words in programs.items()}
+        running = {
+            name: stack.enter_context(_program(_words(name, folder), folder / f"{name}.log")) for name in ("coordinator", *names)
+        }
         return asyncio.run(_follow(Kit.load(kits / ADMINISTRATOR), config, running, folder, on_status))
 
 
@@ -152,6 +149,15 @@ def _write_table(path: Path, table: Table) -> None:
         writer = csv.writer(file)
         writer.writerow(table.columns)
         writer.writerows(zip(*table.columns.values(), strict=True))
+
+
+def _words(name: str, folder: Path) -> list[str]:
+    """The command of the coordinator or of a site."""
+    own, kit = folder / name, str(folder / "kits" / name)
+    if name == "coordinator":
+        return ["coordinator", "--kit", kit, "--state", str(own)]
+    words = ["site", "--kit", kit, "--data", str(own / "data.csv"), "--data-set", DATA_SET]
+    return [*words, "--policy", str(own / "policy.toml"), "--state", str(own / "state"), "--threads", "1"]
 
 
 @contextmanager

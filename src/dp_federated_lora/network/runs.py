@@ -86,10 +86,11 @@ class RunTable:
         Raises:
             RunError: if there is none.
         """
-        found = [record for record in self.all() if record.run == run]
-        if not found:
+        with self._store.transaction(write=False) as connection:
+            found = connection.execute(sa.select(_TABLE).where(_TABLE.c.run == run)).first()
+        if found is None:
             raise RunError(f"there is no run {run}; `dpfl runs` lists them")
-        return found[0]
+        return RunRecord(*found)
 
     def all(self) -> Sequence[RunRecord]:
         """All runs, the oldest first."""

@@ -104,7 +104,7 @@ class Site:
                     self._end(message)
                     return None
         except DpflError as error:
-            return self._refusal(message, str(error))
+            return self._refusal(message, self._facts.told(error))
         except Exception as error:
             where = "; ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in extract_tb(error.__traceback__))
             self._log.error("defect", kind=type(error).__name__, where=where)
@@ -139,7 +139,6 @@ class Site:
         return self._runs[name]
 
     def _refusal(self, message: Offered | Asked | Ended, reason: str) -> FromSite:
-        reason = reason.replace(str(self._facts.folder), "this site's state")  # its paths are nobody else's business
         self._log.warning("refused", of=message.run, reason=reason)
         if isinstance(message, Asked):
             self.metrics.step("refused")

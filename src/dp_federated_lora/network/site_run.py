@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Final, final
 
@@ -14,7 +15,6 @@ from numpy.typing import NDArray
 from dp_federated_lora.data import read_table, resolve
 from dp_federated_lora.errors import DpflError, LedgerCorrupt, MessageRefused, PolicyRefused
 from dp_federated_lora.federated import ClientMemory, Purpose, Request, RoundKeyFile, noise_of, share, size_of, terms_of
-from dp_federated_lora.files import write_durably
 from dp_federated_lora.lab.config import Config, parse_config_text
 from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.workbench import Workbench
@@ -58,6 +58,10 @@ class SiteFacts:
     policy: SitePolicy
     threads: int | None = None
     metrics: SiteMetrics = field(default_factory=SiteMetrics)
+
+    def told(self, error: DpflError) -> str:
+        """An error as others may read it: this site's paths are nobody else's business."""
+        return str(error).replace(str(self.folder), "this site's state")
 
 
 @final
@@ -114,19 +118,19 @@ class SiteRun:
         except DpflError as error:
             self._log.warning("out of a secure sum", reason=str(error))
             self._facts.metrics.step("refused")
-            return Failed(VERSION, message.run, message.sum_id, message.stage, str(error))
+            return Failed(VERSION, message.run, message.sum_id, message.stage, self._facts.told(error))
         self._facts.metrics.step("answered")
         return Answered(VERSION, message.run, message.sum_id, message.stage, body)
 
     def _answered(self, message: Asked) -> bytes:
-        if message.stage == 0:  # refused before anything is kept of it
-            self._terms(message, decode_request(message.request), message.request)
-        folder = SumFolder.begin(self._folder / "sums", message)
-        if (known := folder.answered(message)) is not None:
+        sums = self._folder / "sums"
+        folder = SumFolder.find(sums, message)
+        if folder is not None and (known := folder.answered(message)) is not None:
             return known
-        sent = folder.request
+        sent = message.request if folder is None else folder.request
         request = decode_request(sent)
         terms = self._terms(message, request, sent)
+        folder = folder or SumFolder.begin(sums, message)  # what is refused before is not kept
         session = ClientSession(self._facts.name, terms, self._facts.key)
         if folder.session:
             session = ClientSession.from_bytes(folder.session, terms, self._facts.key)
@@ -195,17 +199,17 @@ class SiteRun:
 
         With an insecure seed it is the one that a simulator has, of the first attempt that is not charged yet.
         """
+        kept, number, purpose = RoundKeyFile(folder.key), request.round, request.purpose
         if self._seed is None or folder.key.exists():
-            return RoundKeyFile(folder.key).open_round(request.round, insecure_seed=None)
-        attempt, purpose = 0, request.purpose
-        while True:
-            key = SecureRandom.insecure_from(self._seed).derive("round", request.round, *([attempt] if attempt else []))
+            return kept.open_round(number, insecure_seed=None)
+        for attempt in count():
+            key = kept.open_round(number, insecure_seed=self._seed, attempt=attempt)
             key = key if purpose is Purpose.TRAINING else key.derive(purpose.value)
             stream = key.derive("site", self._facts.name)
             if stream.commitment not in self._ledger.commitments:
-                write_durably(folder.key, f"{request.round}\n".encode() + stream.export_key(), mode=0o600)
-                return stream
-            attempt += 1
+                break
+        kept.keep(number, stream)
+        return stream
 
     def _tell_spent(self) -> None:
         metrics = self._facts.metrics

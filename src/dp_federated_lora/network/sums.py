@@ -39,15 +39,12 @@ class SumFolder:
         self._path, self._stored = path, stored
 
     @classmethod
-    def begin(cls, parent: Path, message: Asked) -> Self:
-        """The sum that `message` is of: begun, if this is its first step, else as it was left.
-
-        All other sums are forgotten: a site takes part in one at a time, and one that is begun again is charged again.
+    def find(cls, parent: Path, message: Asked) -> Self | None:
+        """The sum that `message` is of, as it was left; None if this is its first step.
 
         Raises:
             MessageRefused: if it was never begun here, or is of other members or with another request than it was begun with.
             CheckpointError: if what was stored is damaged.
-            StorageError: if the disk refuses.
         """
         path = parent / message.sum_id
         if (path / _STATE).exists():
@@ -63,6 +60,18 @@ class SumFolder:
             return folder
         if message.stage:
             raise MessageRefused("this sum was not begun here, or another one since: it has to be begun anew")
+        return None
+
+    @classmethod
+    def begin(cls, parent: Path, message: Asked) -> Self:
+        """A new sum, with the request of its first step.
+
+        All other sums are forgotten: a site takes part in one at a time, and one that is begun again is charged again.
+
+        Raises:
+            StorageError: if the disk refuses.
+        """
+        path = parent / message.sum_id
         forget_sums(parent)
         try:
             path.mkdir(parents=True, mode=0o700)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import final
 
 from torch import Tensor
@@ -38,7 +39,12 @@ class Simulator:
         self.clients = tuple(clients)
         self.learner = learner
         self.stack_tokens = stack_tokens
-        self.secure_sums = SecureSums(self.names, dropout_rate=dropout_rate)
+        self.dropout_rate = dropout_rate
+
+    @cached_property
+    def secure_sums(self) -> SecureSums:
+        """The secure sums of these clients, with keys that are made when the first is asked for."""
+        return SecureSums(self.names, dropout_rate=self.dropout_rate)
 
     @property
     def names(self) -> Sequence[str]:
