@@ -17,8 +17,8 @@ from dp_federated_lora.secagg.crypto import (
     KEY_BYTES,
     SHARE_BYTES,
     PrivateKey,
+    add_mask,
     agree,
-    mask,
     seal,
     split,
     unseal,
@@ -159,9 +159,9 @@ class ClientSession:
                     raise SecureSumAborted(f"the keys of {name} are not signed by it for this round, plan and model")
             state.cohort = names
             state.public_keys = {name: (each.sealing, each.masking) for name, each in neighbours.items()}
-            place, threshold = self._places(), terms.threshold(len(neighbours) + 1)
-            seeds = split(state.seed, [*place.values()], threshold)
-            masking = split(state.masking, [*place.values()], threshold)
+            place = {name: number for number, name in enumerate(names, 1) if name in neighbours or name == state.name}
+            threshold = terms.threshold(len(place))
+            seeds, masking = (split(secret, [*place.values()], threshold) for secret in (state.seed, state.masking))
             state.own_shares = seeds[place[state.name]], masking[place[state.name]]
             sealed = {
                 name: seal(
@@ -197,9 +197,9 @@ class ClientSession:
             if values.shape != (terms.size,) or values.dtype.kind not in "iu" or values.min() < 0 or values.max() >> terms.bits:
                 raise SecureSumAborted(f"a contribution is ({terms.size},) integers in [0, 2^{terms.bits})")
             total = values.astype(np.uint32)
-            total += mask(state.seed, terms.size)
+            add_mask(total, state.seed)
             for name in state.received:
-                total += terms.common_mask(self._masking, state.public_keys[name][1], adds=state.name < name)
+                terms.add_common_mask(total, self._masking, state.public_keys[name][1], adds=state.name < name)
             return encode(Masked(VERSION, terms.context, terms.pack(total)))
 
     def consent(self, survivors: bytes) -> bytes:
@@ -251,10 +251,6 @@ class ClientSession:
             )
         yield state
         state.stage = due + 1
-
-    def _places(self) -> dict[str, int]:
-        """Where shares lie, by client: the same for all whoever deals, so that a server need not be told."""
-        return {name: number for number, name in enumerate(self._state.cohort, 1)}
 
     def _sealing_key(self, name: str) -> bytes:
         if name not in self._sealing_keys:

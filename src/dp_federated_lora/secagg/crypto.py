@@ -6,6 +6,7 @@ another.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -27,6 +28,7 @@ PRIME: Final = 2**256 + 297
 """The smallest prime above all 32-byte secrets."""
 
 _NONCE_BYTES: Final = 12
+_BLOCK: Final = 2**15  # integers of a mask that stay in the cache between the cipher and the sum
 
 
 PrivateKey = X25519PrivateKey
@@ -64,9 +66,12 @@ def unseal(key: bytes, sealed: bytes, associated: bytes) -> bytes:
         raise SecureSumAborted("a sealed share does not open: it was changed on the way or meant for somebody else") from error
 
 
-def mask(seed: bytes, size: int) -> NDArray[np.uint32]:
-    """Uniform integers modulo 2^32 `(size,)`, the keystream of AES-256 in counter mode under `seed`."""
-    return SecureRandom(seed).uint64((size + 1) // 2).view(np.uint32)[:size]
+def add_mask(total: NDArray[np.uint32], seed: bytes, *, adds: bool = True) -> None:
+    """Add to `total` `(size,)`, or take from it, uniform integers modulo 2^32: AES-256 in counter mode under `seed`."""
+    stream, put = SecureRandom(seed), np.add if adds else np.subtract
+    for start in range(0, len(total), _BLOCK):
+        block = total[start : start + _BLOCK]
+        put(block, stream.uint64((len(block) + 1) // 2).view(np.uint32)[: len(block)], out=block)
 
 
 def split(secret: bytes, places: Sequence[int], threshold: int) -> dict[int, bytes]:
@@ -82,21 +87,18 @@ def split(secret: bytes, places: Sequence[int], threshold: int) -> dict[int, byt
     for place in places:
         value = 0
         for coefficient in reversed(coefficients):
-            value = (value * place + coefficient) % PRIME
-        shares[place] = value.to_bytes(SHARE_BYTES)
+            value = value * place + coefficient  # places are small: one reduction at the end is much faster than one each
+        shares[place] = (value % PRIME).to_bytes(SHARE_BYTES)
     return shares
 
 
 def combine(shares: Mapping[int, bytes]) -> bytes | None:
     """The secret of which these are shares, as many as the threshold; None if they are shares of nothing that `split` takes."""
     places = list(shares)
-    total = 0
-    for place, share in shares.items():
-        above = below = 1
-        for other in places:
-            if other != place:
-                above = above * other % PRIME
-                below = below * (other - place) % PRIME
-        total += int.from_bytes(share) * above * pow(below, -1, PRIME)
-    secret = total % PRIME
+    # Lagrange's weights at zero over their common denominator, whose one inverse is all that is slow.
+    below = [math.prod(other - place for other in places if other != place) for place in places]
+    common, every = math.lcm(*below), math.prod(places)
+    weights = (every // place * (common // each) for place, each in zip(places, below, strict=True))
+    total = sum(int.from_bytes(share) * weight for share, weight in zip(shares.values(), weights, strict=True))
+    secret = total * pow(common, -1, PRIME) % PRIME
     return secret.to_bytes(KEY_BYTES) if secret < 1 << 8 * KEY_BYTES else None

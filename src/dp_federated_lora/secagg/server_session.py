@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dp_federated_lora.errors import SecureSumAborted
-from dp_federated_lora.secagg.crypto import PrivateKey, combine, mask
+from dp_federated_lora.secagg.crypto import PrivateKey, add_mask, combine
 from dp_federated_lora.secagg.messages import (
     VERSION,
     Advertised,
@@ -169,7 +169,7 @@ class ServerSession:
             seed = self._combined(name, shares)
             if hashlib.sha256(seed).digest() != self._shares[name].seed_digest:
                 raise SecureSumAborted(f"shares of {name}'s seed do not belong together: somebody revealed a wrong one")
-            self._total -= mask(seed, self.terms.size)
+            add_mask(self._total, seed, adds=False)
         for name in self._shares.keys() - set(self._survivors):
             near = [other for other in self._near[name] if other in self._survivors]
             if not near:
@@ -183,7 +183,7 @@ class ServerSession:
             if private.public_key().public_bytes_raw() != self._advertised[name].masking:
                 raise SecureSumAborted(f"shares of {name}'s key do not belong together: somebody revealed a wrong one")
             for other in near:
-                self._total -= self.terms.common_mask(private, self._advertised[other].masking, adds=other < name)
+                self.terms.add_common_mask(self._total, private, self._advertised[other].masking, adds=name < other)
         self.result = SecureTotal(self._total & np.uint32((1 << self.terms.bits) - 1), self._survivors)
         return {}
 

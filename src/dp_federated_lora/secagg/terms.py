@@ -15,7 +15,7 @@ from scipy.stats import hypergeom
 
 from dp_federated_lora.errors import IncompatiblePlan, SecureSumAborted
 from dp_federated_lora.privacy import SecureRandom
-from dp_federated_lora.secagg.crypto import PrivateKey, agree, mask
+from dp_federated_lora.secagg.crypto import PrivateKey, add_mask, agree
 
 _PER_NEIGHBOUR: Final = 1024
 """Bytes of a message for each client that it names, at most: a name, keys, a signature or sealed shares."""
@@ -112,8 +112,11 @@ class Terms:
 
     def pack(self, integers: NDArray[np.uint32]) -> bytes:
         """Integers `(size,)` modulo 2^b, little-endian."""
-        reduced = (integers & np.uint32((1 << self.bits) - 1)).astype("<u4")
-        return reduced.view(np.uint8).reshape(-1, 4)[:, : self.item_bytes].tobytes()
+        reduced = (integers & np.uint32((1 << self.bits) - 1)).astype("<u4").view(np.uint8).reshape(-1, 4)
+        packed = np.empty((self.size, self.item_bytes), dtype=np.uint8)
+        for number in range(self.item_bytes):  # by columns: numpy copies rows of three bytes one by one
+            packed[:, number] = reduced[:, number]
+        return packed.tobytes()
 
     def unpack(self, packed: bytes) -> NDArray[np.uint32]:
         """What was packed.
@@ -123,14 +126,13 @@ class Terms:
         """
         if len(packed) != self.size * self.item_bytes:
             raise SecureSumAborted(f"{len(packed)} bytes where {self.size} integers of {self.item_bytes} bytes are due")
-        whole = np.zeros((self.size, 4), dtype=np.uint8)
-        whole[:, : self.item_bytes] = np.frombuffer(packed, dtype=np.uint8).reshape(self.size, -1)
-        return whole.view("<u4")[:, 0] & np.uint32((1 << self.bits) - 1)
+        # Four bytes are read where each integer begins; the modulus takes off those of the next one.
+        whole = np.ndarray((self.size,), dtype="<u4", buffer=packed + bytes(4), strides=(self.item_bytes,))
+        return whole & np.uint32((1 << self.bits) - 1)
 
-    def common_mask(self, private: PrivateKey, public: bytes, *, adds: bool) -> NDArray[np.uint32]:
-        """What two clients have in common, modulo 2^32 `(size,)`: the first of them adds it, the other takes it away."""
-        common = mask(agree(private, public, "secure sum mask", self.context), self.size)
-        return common if adds else -common
+    def add_common_mask(self, total: NDArray[np.uint32], private: PrivateKey, public: bytes, *, adds: bool) -> None:
+        """Put on `total` `(size,)` what two clients have in common, modulo 2^32: the first of them adds it, the other takes it away."""
+        add_mask(total, agree(private, public, "secure sum mask", self.context), adds=adds)
 
     @property
     def limit(self) -> int:
