@@ -17,14 +17,18 @@ from dp_federated_lora.audit import CanaryAudit, Difference, Transcript, Verdict
 from dp_federated_lora.federated import Exchange, Request, Server, ServerState
 from dp_federated_lora.privacy import (
     BoundedSum,
+    DpEvent,
     GaussianMechanism,
     Ledger,
+    Permit,
     PoissonSampler,
     PrivacyPlan,
+    Released,
     SecureRandom,
     UnitId,
     clipping,
 )
+from dp_federated_lora.secagg import SharedNoise
 from dp_federated_lora.vector import Layout
 from plans import a_plan
 
@@ -168,6 +172,27 @@ def _divide_by_replies() -> AbstractContextManager[object]:
     return patch.object(GaussianMechanism, "release", released)
 
 
+def _through_shares(*, sized_for: int, staying: int) -> AbstractContextManager[object]:
+    """The noise of a release comes in shares, under a secure sum in which so many participants stay."""
+    noise = SharedNoise(
+        noise_multiplier=EVERYONE.mechanism.noise_multiplier,
+        bits=32,
+        max_cohort=16,
+        min_cohort=sized_for,
+        colluders=0,
+        units=4000,
+    )
+
+    def released(self: GaussianMechanism, total: BoundedSum, *, charged: DpEvent, permit: Permit, rng: SecureRandom) -> Released:
+        permit.burn(charged, rng.commitment, total._units)
+        vector = total._value.to(torch.float64) * clipping.resolution(1.0)  # all units are the first participant's
+        shares = (noise.shared(vector * (number == 0), rng.derive("participant", number), bytes(32)) for number in range(staying))
+        summed = torch.stack([*shares]).sum(dim=0)
+        return noise.opened(summed, size=len(vector), clip_norm=total.clip_norm, rotation=bytes(32), insecure=rng.insecure)
+
+    return patch.object(GaussianMechanism, "release", released)
+
+
 def _always_available() -> AbstractContextManager[object]:
     return patch.object(PoissonSampler, "draw", lambda self, population, rng: np.arange(population))
 
@@ -175,10 +200,16 @@ def _always_available() -> AbstractContextManager[object]:
 INTACT = {
     "intact": Build(EVERYONE, "nothing", nullcontext),
     "intact, sampled": Build(SAMPLED, "nothing", nullcontext),
+    "intact, in shares": Build(EVERYONE, "nothing", lambda: _through_shares(sized_for=2, staying=2)),
 }
 BROKEN = {
     "no noise": Build(EVERYONE, "the sum is released as it is", lambda: noise_times(0.0)),
     "half noise": Build(EVERYONE, "half the standard deviation that is charged", lambda: noise_times(0.5)),
+    "dropouts forgotten": Build(
+        EVERYONE,
+        "shares of noise are sized for all 16 participants, and 2 stay",
+        lambda: _through_shares(sized_for=16, staying=2),
+    ),
     "clip off": Build(EVERYONE, "contributions enter the sum at full length", lambda: _clip_by(_unclipped)),
     "divisor from private size": Build(EVERYONE, "the noised sum is divided by the number of replies", _divide_by_replies),
     "noise after averaging": Build(

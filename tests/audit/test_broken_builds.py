@@ -20,6 +20,7 @@ from dp_federated_lora.privacy import SecureRandom
 CAUGHT_BY = {
     "no noise": {"canaries"},
     "half noise": {"canaries"},
+    "dropouts forgotten": {"canaries"},
     "clip off": {"canaries", "replay", "replay, hostile unit"},
     "divisor from private size": {"replay", "replay, hostile unit"},
     "noise after averaging": {"canaries"},

@@ -106,21 +106,21 @@ def test_2_different_survivors_for_different_clients_open_nothing():
     _, messages = run_until("mask", terms, clients)
     truth = decoded(messages["site-000"], m.Survivors, terms)
     lie = m.encode(m.Survivors(m.VERSION, terms.context, truth.names[:-1]))
-    signatures = {}
+    tags = {}
     for number, name in enumerate(names_of(5)):
         told = lie if number < 3 else messages[name]
-        signatures[name] = decoded(clients[name].consent(told), m.Consent, terms).signature
-    mixed = m.encode(m.Consents(m.VERSION, terms.context, {n: s for n, s in signatures.items() if n != "site-000"}))
-    with pytest.raises(SecureSumAborted, match="did not sign the survivors"):
+        tags[name] = decoded(clients[name].consent(told), m.Consent, terms).tags
+    mixed = m.encode(m.Consents(m.VERSION, terms.context, {n: t["site-000"] for n, t in tags.items() if n != "site-000"}))
+    with pytest.raises(SecureSumAborted, match="was told other survivors"):
         clients["site-000"].reveal(mixed)
-    few = m.encode(m.Consents(m.VERSION, terms.context, {n: signatures[n] for n in ("site-000", "site-002")}))
+    few = m.encode(m.Consents(m.VERSION, terms.context, {n: tags[n]["site-001"] for n in ("site-000", "site-002")}))
     with pytest.raises(SecureSumAborted, match="too few"):
         clients["site-001"].reveal(few)
 
 
 @pytest.mark.parametrize("corrupt", [0, 1, 2])
 def test_2_no_division_of_honest_clients_opens_both_secrets_of_one(corrupt: int):
-    """Corrupt clients sign everything and hand over all shares that they hold; the victim is the last client."""
+    """Corrupt clients consent to everything and hand over all shares that they hold; the victim is the last client."""
     count, victim = 7, "site-006"
     terms = terms_of(count, corrupt=corrupt, min_cohort=4)
     threshold, liars = terms.threshold(count), names_of(corrupt)
@@ -131,16 +131,19 @@ def test_2_no_division_of_honest_clients_opens_both_secrets_of_one(corrupt: int)
         everybody = decoded(messages[victim], m.Survivors, terms).names
         lists = {True: everybody, False: everybody[:-1]}
         told = {name: name in honest[:size] for name in [*honest, *liars]} | {victim: True}
-        signed = {side: {} for side in lists}
+        both_told = {name: clients[name].to_bytes() for name in liars}
+        tags = {side: {} for side in lists}
         for name in [*honest, victim]:
             content = m.encode(m.Survivors(m.VERSION, terms.context, lists[told[name]]))
-            signed[told[name]][name] = decoded(clients[name].consent(content), m.Consent, terms).signature
+            tags[told[name]][name] = decoded(clients[name].consent(content), m.Consent, terms).tags
         for side, names in lists.items():
-            content = terms.context + msgspec.msgpack.encode(names)
-            signed[side] |= {name: KEYS[name].sign("secure sum survivors", content) for name in liars}
+            for name in liars:
+                liar = ClientSession.from_bytes(both_told[name], terms, KEYS[name])
+                content = m.encode(m.Survivors(m.VERSION, terms.context, names))
+                tags[side][name] = decoded(liar.consent(content), m.Consent, terms).tags
         seeds = keys = len(liars)
         for name in [*honest, victim]:
-            mine = {other: s for other, s in signed[told[name]].items() if other != name and other in lists[told[name]]}
+            mine = {other: t[name] for other, t in tags[told[name]].items() if name in t and other in lists[told[name]]}
             try:
                 data = clients[name].reveal(m.encode(m.Consents(m.VERSION, terms.context, mine)))
             except SecureSumAborted:

@@ -203,7 +203,9 @@ class ClientSession:
             return encode(Masked(VERSION, terms.context, terms.pack(total)))
 
     def consent(self, survivors: bytes) -> bytes:
-        """This client's signature of who is in the sum.
+        """Tags of who is in the sum, one for each neighbour that is, under the keys that the two have in common.
+
+        A tag convinces the neighbour as a signature would, of which checking is most of what this step would cost.
 
         Raises:
             SecureSumAborted: if they are too few, not of the cohort, or without this client.
@@ -217,25 +219,28 @@ class ClientSession:
             if len(names) < self.terms.min_cohort:
                 raise SecureSumAborted(f"{len(names)} survivors where {self.terms.min_cohort} are the fewest that hide a client")
             state.survivors = names
-            return encode(Consent(VERSION, self.terms.context, self._key.sign("secure sum survivors", self._survivor_content())))
+            tags = {name: seal(self._sealing_key(name), b"", self._told(state.name, name)) for name in self._near_survivors()}
+            return encode(Consent(VERSION, self.terms.context, tags))
 
     def reveal(self, consents: bytes) -> bytes:
         """Shares that open survivors' own masks and the common masks of neighbours that dropped out: one kind of each client.
 
         Raises:
-            SecureSumAborted: if fewer neighbours than open a secret signed the survivors that this client was told.
+            SecureSumAborted: if fewer neighbours than open a secret were told the same survivors as this client.
         """
         with self._step("reveal") as state:
             terms = self.terms
-            signatures = decode(consents, Consents, context=terms.context, limit=terms.limit).signatures
-            told = set(state.survivors) & state.received.keys()
-            if not signatures.keys() <= told:
+            tags = decode(consents, Consents, context=terms.context, limit=terms.limit).tags
+            told = self._near_survivors()
+            if not tags.keys() <= told:
                 raise SecureSumAborted("somebody consents who is no surviving neighbour")
-            for name, signature in signatures.items():
-                if not signature_holds(terms.roster[name], "secure sum survivors", self._survivor_content(), signature):
-                    raise SecureSumAborted(f"{name} did not sign the survivors that this client was told")
-            if len(signatures) + 1 < terms.threshold(len(state.public_keys) + 1):
-                raise SecureSumAborted(f"{len(signatures)} neighbours signed the same survivors: too few")
+            for name, tag in tags.items():
+                try:
+                    unseal(self._sealing_key(name), tag, self._told(name, state.name))
+                except SecureSumAborted as error:
+                    raise SecureSumAborted(f"{name} was told other survivors than this client") from error
+            if len(tags) + 1 < terms.threshold(len(state.public_keys) + 1):
+                raise SecureSumAborted(f"{len(tags)} neighbours were told the same survivors: too few")
             seeds = {name: state.received[name][0] for name in told} | {state.name: state.own_shares[0]}
             keys = {name: shares[1] for name, shares in state.received.items() if name not in told}
             return encode(Revealed(VERSION, terms.context, seeds, keys))
@@ -258,13 +263,17 @@ class ClientSession:
             self._sealing_keys[name] = agree(self._sealing, public, "secure sum shares", self.terms.context)
         return self._sealing_keys[name]
 
-    def _survivor_content(self) -> bytes:
-        return self.terms.context + msgspec.msgpack.encode(self._state.survivors)
+    def _near_survivors(self) -> set[str]:
+        return set(self._state.survivors) & self._state.received.keys()
+
+    def _told(self, sender: str, receiver: str) -> bytes:
+        survivors = hashlib.sha256(msgspec.msgpack.encode(self._state.survivors)).digest()
+        return between(self.terms.context, sender, receiver, survivors)
 
 
-def between(context: bytes, sender: str, receiver: str) -> bytes:
-    """What sealed shares are bound to."""
-    return context + msgspec.msgpack.encode((sender, receiver))
+def between(context: bytes, sender: str, receiver: str, *facts: bytes) -> bytes:
+    """What is sealed by one client for another is bound to."""
+    return context + msgspec.msgpack.encode((sender, receiver, *facts))
 
 
 def advertised_content(context: bytes, name: str, sealing: bytes, masking: bytes) -> bytes:

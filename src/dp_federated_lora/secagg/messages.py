@@ -10,7 +10,7 @@ from msgspec import Meta
 from dp_federated_lora.errors import SecureSumAborted
 from dp_federated_lora.secagg.crypto import KEY_BYTES, SHARE_BYTES
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_COHORT: Final = 100_000
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -18,6 +18,7 @@ Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[str, Meta(min_length=128, max_length=128)]
 Sealed = Annotated[bytes, Meta(min_length=28, max_length=28 + 2 * SHARE_BYTES)]
+Tag = Annotated[bytes, Meta(min_length=28, max_length=28)]
 Share = Annotated[bytes, Meta(min_length=SHARE_BYTES, max_length=SHARE_BYTES)]
 Names = Annotated[tuple[Name, ...], Meta(max_length=MAX_COHORT)]
 
@@ -76,15 +77,15 @@ class Survivors(Message, frozen=True, array_like=True, tag="survivors"):
 
 
 class Consent(Message, frozen=True, array_like=True, tag="consent"):
-    """From a client: its signature of the survivors that it was told."""
+    """From a client: that it was told these survivors, vouched for to each of its surviving neighbours."""
 
-    signature: Signature
+    tags: Annotated[dict[Name, Tag], Meta(max_length=MAX_COHORT)]
 
 
 class Consents(Message, frozen=True, array_like=True, tag="consents"):
-    """To a client: its neighbours' signatures of the same survivors."""
+    """To a client: what its neighbours vouched for to it."""
 
-    signatures: Annotated[dict[Name, Signature], Meta(max_length=MAX_COHORT)]
+    tags: Annotated[dict[Name, Tag], Meta(max_length=MAX_COHORT)]
 
 
 class Revealed(Message, frozen=True, array_like=True, tag="revealed"):

@@ -154,8 +154,8 @@ class ServerSession:
         consents, messages = self._of(Consent), dict[str, bytes]()
         for name in consents:
             enough = self.terms.threshold(len(self._near[name]) + 1) - 1  # more would only take the client time to check
-            near = [other for other in self._near[name] if other in consents][:enough]
-            messages[name] = self._message(Consents, {other: consents[other].signature for other in near})
+            near = [other for other in self._near[name] if other in consents and name in consents[other].tags][:enough]
+            messages[name] = self._message(Consents, {other: consents[other].tags[name] for other in near})
         return messages
 
     def _open(self) -> dict[str, bytes]:

@@ -131,7 +131,7 @@ class Terms:
         return whole & np.uint32((1 << self.bits) - 1)
 
     def add_common_mask(self, total: NDArray[np.uint32], private: PrivateKey, public: bytes, *, adds: bool) -> None:
-        """Put on `total` `(size,)` what two clients have in common, modulo 2^32: the first of them adds it, the other takes it away."""
+        """Put on `total` `(size,)`, modulo 2^32, what two clients have in common: the first adds it, the other takes it away."""
         add_mask(total, agree(private, public, "secure sum mask", self.context), adds=adds)
 
     @property
