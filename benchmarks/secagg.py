@@ -27,8 +27,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from dp_federated_lora.secagg import ClientSession, ServerSession, Terms, degree_for
 from dp_federated_lora.secagg.client_session import STAGES
-from dp_federated_lora.secagg.crypto import add_mask
-from dp_federated_lora.signing import SigningKey
+from dp_federated_lora.secagg.crypto import PrivateKey, add_mask, agree
+from dp_federated_lora.signing import SigningKey, signature_holds
 
 BITS: Final = 20
 T = TypeVar("T")
@@ -82,14 +82,23 @@ def measured(clients: int, size: int, dropped: float, degree: int) -> Result:
     return Result(client, total, sent[staying[0]], len(terms.neighbours(staying[0], sorted(keys))) + 1, server_masks)
 
 
+def median_of(work: Callable[..., object], *arguments: object) -> float:
+    """Seconds of `work`, the median of thirty."""
+    return statistics.median(timed(work, *arguments)[1] for _ in range(30))
+
+
 def keystream(size: int) -> float:
-    """Seconds to make a mask and add it, the median of thirty."""
-    total, times = np.zeros(size, dtype=np.uint32), []
-    for number in range(30):
-        start = time.process_time()
-        add_mask(total, number.to_bytes(32))
-        times.append(time.process_time() - start)
-    return statistics.median(times)
+    """Seconds to make a mask and add it."""
+    return median_of(add_mask, np.zeros(size, dtype=np.uint32), bytes(32))
+
+
+def primitives() -> str:
+    """What a client does for each neighbour whatever the size: one signature checked, two keys agreed on."""
+    key, private = SigningKey(Ed25519PrivateKey.generate()), PrivateKey.generate()
+    public = PrivateKey.generate().public_key().public_bytes_raw()
+    checking = median_of(signature_holds, key.public, "bench", b"", key.sign("bench", b""))
+    agreeing = median_of(agree, private, public, "bench", b"")
+    return f"checking a signature {1e3 * checking:.3f} ms, agreeing on a key {1e3 * agreeing:.3f} ms"
 
 
 def main() -> None:
@@ -101,6 +110,7 @@ def main() -> None:
     parser.add_argument("--python-flower", default=None)
     options = parser.parse_args()
     print(f"{platform.machine()}, numpy {np.__version__}, one thread, processor time, {BITS} bits")
+    print(primitives() + "".join(f", a mask of {size:,} {1e3 * keystream(size):.3f} ms" for size in options.sizes))
     columns = f"{'clients':>8}{'size':>10}{'dropped':>9}{'degree':>8}{'client, ms':>12}"
     columns += f"{'of the keystream':>18}{'server, s':>11}{'of it':>7}"
     print(columns + f"{'MB sent':>9}" + (f"{'Flower client':>15}{'server':>9}" if options.python_flower else ""))

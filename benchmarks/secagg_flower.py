@@ -1,4 +1,4 @@
-"""Flower's SecAgg+ functions for the median of five clients and, scaled up from twenty secrets and masks, for the server; prints JSON.
+"""Flower's SecAgg+ functions: the median of five clients, and the server scaled up from twenty secrets and masks; prints JSON.
 
 python benchmarks/secagg_flower.py SIZE DEGREE THRESHOLD SECRETS SERVER_MASKS
 """
@@ -35,7 +35,10 @@ def main() -> None:
     for _ in range(CLIENTS):
         start = time.process_time()
         sealing, masking, seed = generate_key_pairs(), generate_key_pairs(), bytes(range(32))
-        shares = create_shares(seed, threshold, degree + 1), create_shares(private_key_to_bytes(masking[0]), threshold, degree + 1)
+        shares = (
+            create_shares(seed, threshold, degree + 1),
+            create_shares(private_key_to_bytes(masking[0]), threshold, degree + 1),
+        )
         total = np.zeros(size, dtype=np.int64)
         for number, (_, public) in enumerate(neighbour):
             common = generate_shared_key(sealing[0], public)

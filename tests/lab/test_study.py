@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tomli_w
 from scipy.stats import t as student
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from dp_federated_lora import train
@@ -95,6 +96,33 @@ def test_baselines_learn_and_the_document_has_shares_intervals_and_gaps(raw_conf
     assert "study-probe.svg" in text and picture.startswith("<?xml")
     write_study(cells, tmp_path / "study", document, command="dpfl bench utility")
     assert (tmp_path / "study-probe.svg").read_text() == picture
+
+
+def test_a_language_model_without_test_data_is_scored_on_what_participants_hold_out(
+    raw_config: Raw, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_special_tokens({"eos_token": "[SEP]"})
+    tokenizer.save_pretrained(base)
+    ends = tokenizer.eos_token_id
+    shape = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=ends, eos_token_id=ends)).save_pretrained(base)
+    raw_config["model"] |= {"source": str(base), "task": "causal-lm"}
+    raw_config["lora"]["targets"] = ["c_attn"]
+    raw_config["federation"] = {"clients": 4}
+    for key in ("label_column", "labels", "test", "test_is_public"):
+        raw_config["data"].pop(key, None)
+    raw_config["evaluation"] = {"epsilon": 1.0, "every": 2, "holdout": 0.2, "loss_cap": 3.0}
+    anchor = {"title": "Anchor", "baseline": "not-private"}
+    (cell,) = read_grid(grid_of(tmp_path, raw_config, anchor))
+    run_study([cell], tmp_path / "study")
+    scores = json.loads((tmp_path / "study" / "results" / f"{cell.name}.json").read_text())["scores"]
+    assert 0.0 <= scores["accuracy"] <= 1.0 and 0.0 < scores["loss"] <= 3.0
+    del raw_config["evaluation"]
+    (cell,) = read_grid(grid_of(tmp_path, raw_config, anchor))
+    with pytest.raises(ConfigError, match="neither test data nor"):
+        run_study([cell], tmp_path / "other")
 
 
 def test_each_table_is_compared_with_training_without_privacy_on_examples_of_the_same_length(

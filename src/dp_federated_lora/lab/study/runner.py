@@ -13,6 +13,7 @@ from typing import Final, final
 from torch import Tensor
 
 from dp_federated_lora.aggregation import METHODS
+from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import ConfigError
 from dp_federated_lora.files import write_durably
 from dp_federated_lora.lab.config import Config
@@ -72,7 +73,7 @@ def run_study(cells: Sequence[Cell], folder: Path, *, on_cell: Callable[[Cell, i
         on_cell: called before each cell with its number, 0-based, and the number of cells that are left to run.
 
     Raises:
-        ConfigError: if a baseline has no test data to be scored on.
+        ConfigError: if a baseline has nothing to be scored on.
     """
     shared = SharedBench(folder / CACHE)
     open_cells = {cell.name: cell for cell in cells if not (folder / RESULTS / f"{cell.name}.json").exists()}
@@ -98,9 +99,16 @@ def _measured(cell: Cell, bench: Workbench, out: Path) -> dict[str, float]:
             (*_, last) = read_metrics(directory.metrics)
         bytes_sent = last["bytes_per_client"]
         return {**last["private_metrics"], **result.metrics, "epsilon": result.epsilon, "bytes_per_client": bytes_sent}
-    test = bench.test_examples()
+    whole, test = bench.tokenize(bench.training_table()), bench.test_examples()
     if test is None:
-        raise ConfigError(f"the recipe {cell.recipe} has no test data; a baseline cannot be scored")
-    whole = bench.tokenize(bench.training_table())
-    bench.learner.prepare(whole)
+        whole, test = _held_out(cell, whole)
+    bench.learner.prepare(whole, test)
     return dict(BASELINES[cell.baseline](bench, whole, test, cell.repeat))
+
+
+def _held_out(cell: Cell, whole: Examples) -> tuple[Examples, Examples]:
+    """What to train a baseline on and to score it on, where no test data are public: as participants hold examples out."""
+    evaluation = cell.config.evaluation
+    if evaluation is None:
+        raise ConfigError(f"the recipe {cell.recipe} has neither test data nor [evaluation]; a baseline cannot be scored")
+    return whole.split(evaluation.holdout, cell.config.run.seed)
