@@ -61,7 +61,11 @@ def load_backbone(
 
     kind: Any = getattr(transformers, task.loader)
     gguf = path.suffix == ".gguf"
-    folder, options = (path.parent, {"gguf_file": path.name}) if gguf else (path, {})
+    folder, options = path, {}
+    if gguf:
+        # Packed weights, which transformers would keep where kernels for them are installed, cannot be adapted.
+        unpacked: Any = transformers.GgufConfig
+        folder, options = path.parent, {"gguf_file": path.name, "quantization_config": unpacked(dequantize=True)}
     if quantization is not None:
         if gguf:
             raise ModelError(f"[model] quantization: {path} is quantised already; remove it, or give a transformers directory")

@@ -102,7 +102,6 @@ def _measured(cell: Cell, bench: Workbench, out: Path) -> dict[str, float]:
     whole, test = bench.tokenize(bench.training_table()), bench.test_examples()
     if test is None:
         whole, test = _held_out(cell, whole)
-    bench.learner.prepare(whole, test)
     return dict(BASELINES[cell.baseline](bench, whole, test, cell.repeat))
 
 

@@ -1,0 +1,106 @@
+"""All programs of a federation as processes, for tests that kill them or cut them off."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from dp_federated_lora.lab.config import Config
+from dp_federated_lora.lab.ledgers import ledgers_at
+from dp_federated_lora.network import local
+from dp_federated_lora.network.administration import ask
+from dp_federated_lora.network.kit import Kit
+from dp_federated_lora.network.project import Project
+from dp_federated_lora.network.provisioning import provision
+from dp_federated_lora.network.submissions import sign_submission
+
+SITES = [f"client-{number}" for number in range(5)]
+
+
+class Programs:
+    """Broker, coordinator and five sites, by name; `within` has what goes before a program's command."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        stack: ExitStack,
+        *,
+        host: str = "127.0.0.1",
+        within: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        folder.mkdir()
+        self.folder, self.stack, self.config, self.within = folder, stack, config, within or {}
+        project = local._project(SITES).model_dump()
+        project["servers"][0]["host"] = host
+        self.kits = folder / "kits"
+        provision(Project.model_validate(project), self.kits, with_keys=True)
+        local._prepare_sites(config, SITES, folder)
+        (folder / "project.toml").write_text(tomli_w.dumps(project))
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        stack.callback(self.end)
+        for name in ("broker", "coordinator", *SITES):
+            self.start(name)
+
+    def start(self, name: str) -> None:
+        broker = ["broker", str(self.folder / "project.toml"), str(self.kits)]
+        words = broker if name == "broker" else local._words(name, self.folder)
+        command = [*self.within.get(name, ()), sys.executable, "-m", "dp_federated_lora.cli.main", *words]
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.running[name] = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+
+    def kill(self, name: str) -> None:
+        if name == "broker":  # its child is the broker itself
+            found = subprocess.run(["pgrep", "-P", str(self.running[name].pid)], capture_output=True, text=True, check=False)
+            for child in found.stdout.split():
+                os.kill(int(child), signal.SIGKILL)
+        self.running[name].kill()
+        self.running[name].wait()
+
+    def end(self) -> None:
+        for process in self.running.values():
+            process.terminate()
+        for process in self.running.values():
+            try:
+                process.wait(30.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    @property
+    def administrator(self) -> Kit:
+        return Kit.load(self.kits / local.ADMINISTRATOR)
+
+    def submit(self) -> None:
+        kit, text = self.administrator, self.config.to_toml()
+        signature = sign_submission(kit.signing, project="demo", run="demo", config=text)
+        asyncio.run(ask(kit, "submit", run="demo", config=text, signature=signature))
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = asyncio.run(ask(self.administrator, "status", run="demo"))
+        return found
+
+    @property
+    def run(self) -> Path:
+        """The run's directory at the coordinator."""
+        return self.folder / "coordinator" / "runs" / "demo"
+
+    def charges(self, site: str) -> int:
+        """Of the run, in the site's own ledger."""
+        (ledger,) = ledgers_at(str(self.folder / site / "state" / "runs" / "demo" / "ledger.sqlite"))
+        return ledger.spent().charges
