@@ -1,17 +1,24 @@
 """A round of a federation over the real broker: many sites, secure aggregation, real messages and cryptography; no training.
 
     python benchmarks/federation.py [--sites 10 100 1000] [--size 147456] [--rounds 3] [--processes 2]
+        [--python-flower PATH] [--python-nvflare PATH]
 
 Sites are light: each has its own certificate, connection and state machine, and hands in a fixed vector instead of an update;
 many share a process. The request carries `size` float32 numbers to every site. The coordinator's side is that of `dpfl
 coordinator`. Wall-clock seconds of a round, from the request to the opened sum, which is checked; the tail is from the last
-masked vector to the opened sum. Sites, coordinator and broker share this machine.
+message to the opened sum. Sites, coordinator and broker share this machine.
+
+With an interpreter that has flwr or nvflare, a second table: a round at 10 sites and 250,000 numbers each way, ours and theirs,
+whose deployments are on this machine too and as they come: a process or more for each site, and their pauses between looks for
+work. They send plain arrays, Flower without TLS; ours includes TLS and every step of secure aggregation, and no time in which many
+sites' processes start. Theirs are rounds after one that warms up; ours have none before.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import platform
 import queue
@@ -24,6 +31,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -46,6 +54,9 @@ from dp_federated_lora.runtime import decode_request
 from dp_federated_lora.secagg import STAGES, ClientSession, SharedNoise
 
 COORDINATOR: Final = "coordinator"
+PEERS: Final = ("flower", "nvflare")
+PEER_SITES: Final = 10
+PEER_SIZE: Final = 250_000
 
 
 def a_plan(sites: int) -> PrivacyPlan:
@@ -164,8 +175,33 @@ class Link:
         return found
 
 
-def measured(sites: int, size: int, rounds: int, processes: int, folder: Path) -> None:
-    """Print what rounds of so many sites take."""
+@dataclass(frozen=True)
+class Rounds:
+    """What rounds took: seconds and memory by round, and bytes from a site in one."""
+
+    sites: int
+    seconds: list[float]
+    tails: list[float]
+    sent: float
+    memory: list[float]
+
+    def row(self) -> str:
+        """A row of the table."""
+        return (
+            f"| {self.sites:,} | {statistics.median(self.seconds):.2f} | {min(self.seconds):.2f} to {max(self.seconds):.2f} | "
+            f"{statistics.median(self.tails):.2f} | {self.sent / 1e3:,.0f} | "
+            f"{self.memory[0]:,.0f} to {self.memory[-1]:,.0f} |"
+        )
+
+
+def measured(sites: int, size: int, rounds: int, processes: int) -> Rounds:
+    """What rounds of so many sites take."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measured_in(Path(folder), sites, size, rounds, processes)
+
+
+def measured_in(folder: Path, sites: int, size: int, rounds: int, processes: int) -> Rounds:
+    """Start a broker and the sites, and run the rounds."""
     names = [f"site-{number:04d}" for number in range(sites)]
     project = Project.model_validate(
         {
@@ -180,9 +216,8 @@ def measured(sites: int, size: int, rounds: int, processes: int, folder: Path) -
     provision(project, folder, with_keys=True)
     plan = a_plan(sites)
     with Broker(project, folder / "broker"):
-        share = -(-sites // processes)
         words = [sys.executable, __file__, "--be-sites", str(folder), "--size", str(size)]
-        groups = [names[start : start + share] for start in range(0, sites, share)]
+        groups = [names[first::processes] for first in range(processes)]  # neighbours in line are asked at the same time
         running = [
             subprocess.Popen([*words, "--names", *group, "--of", str(sites)], stdout=subprocess.PIPE, text=True)
             for group in groups
@@ -192,15 +227,15 @@ def measured(sites: int, size: int, rounds: int, processes: int, folder: Path) -
                 assert process.stdout is not None
                 if process.stdout.readline() != "ready\n":
                     sys.exit("a process of sites did not start")
-            report(names, plan, size, rounds, folder)
+            return run(names, plan, size, rounds, folder)
         finally:
             for process in running:
                 process.terminate()
                 process.wait()
 
 
-def report(names: list[str], plan: PrivacyPlan, size: int, rounds: int, folder: Path) -> None:
-    """Run rounds and print a row."""
+def run(names: list[str], plan: PrivacyPlan, size: int, rounds: int, folder: Path) -> Rounds:
+    """Run rounds as the coordinator."""
     kit = Kit.load(folder / COORDINATOR)
     link = Link(kit)
     log = open_log(folder / "bench.log", run="bench")
@@ -208,7 +243,7 @@ def report(names: list[str], plan: PrivacyPlan, size: int, rounds: int, folder: 
         "bench", names, plan, roster=kit.roster, link=link, folder=folder / "sums", deadline=600.0, again=60.0, log=log
     )
     request = Request(Purpose.TRAINING, 1, plan.content_id, {"lora_B": torch.zeros(size)}, 1.0)
-    seconds, memory = [], []
+    seconds, tails, memory = [], [], []
     for number in range(rounds):
         streams: Mapping[str, tuple[Permit, SecureRandom]] = {
             name: (None, SecureRandom.insecure_from(number).derive(name))  # type: ignore[misc]  # sites charge themselves
@@ -216,27 +251,43 @@ def report(names: list[str], plan: PrivacyPlan, size: int, rounds: int, folder: 
         }
         start = time.perf_counter()
         total = exchange.opened(request, streams, names, size=size)
-        seconds.append(time.perf_counter() - start)
+        end = time.perf_counter()
+        seconds.append(end - start)
+        tails.append(end - link.last)
         expected = sum(int(name[5:]) for name in names) % (1 << 24)
         if not bool((total == expected).all()):
             sys.exit("the sum is wrong")
         memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
-    sent = link.bytes / rounds / len(names)
-    print(
-        f"| {len(names):,} | {statistics.median(seconds):.2f} | {min(seconds):.2f} to {max(seconds):.2f} | {sent / 1e3:,.0f} | "
-        f"{memory[0]:,.0f} to {memory[-1]:,.0f} |",
-        flush=True,
-    )
     asyncio.run_coroutine_threadsafe(link.connection.close(), link.loop).result()
+    return Rounds(len(names), seconds, tails, link.bytes / rounds / len(names), memory)
+
+
+# --- peers ----------------------------------------------------------------------------------------------
+
+
+def compare(pythons: Mapping[str, str], rounds: int, processes: int) -> None:
+    """Print the table of ours and the peers, each with its interpreter."""
+    ours = statistics.median(measured(PEER_SITES, PEER_SIZE, rounds, processes).seconds)
+    print(f"\n{PEER_SITES} sites, {PEER_SIZE:,} numbers each way\n")
+    print("| system | seconds of a round (median) | times ours |\n|---|---|---|")
+    print(f"| ours, secure aggregation | {ours:.2f} | 1 |", flush=True)
+    for name, python in pythons.items():
+        script = Path(__file__).with_name(f"federation_{name}.py")
+        words = [python, str(script), str(PEER_SITES), str(PEER_SIZE), str(rounds)]
+        found = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)
+        seconds = statistics.median(found["seconds"])
+        print(f"| {name}, plain arrays | {seconds:.2f} | {seconds / ours:.1f} |", flush=True)
 
 
 def main() -> None:
-    """Parse arguments and print the table."""
+    """Parse arguments and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sites", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--size", type=int, default=147_456)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
+    for peer in PEERS:
+        parser.add_argument(f"--python-{peer}", help="interpreter that has the peer; without it, the peer is left out")
     parser.add_argument("--be-sites", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--names", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--of", type=int, help=argparse.SUPPRESS)
@@ -247,11 +298,12 @@ def main() -> None:
         asyncio.run(be_sites(arguments.be_sites, arguments.names, a_plan(arguments.of), arguments.size))
         return
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {arguments.size:,} numbers each way\n")
-    print("| sites | seconds of a round (median) | range | kB from a site | coordinator's memory, MB, first to last round |")
-    print("|---|---|---|---|---|")
+    print("| sites | seconds of a round (median) | range | of it tail | kB from a site | coordinator's MB, first to last round |")
+    print("|---|---|---|---|---|---|")
     for sites in arguments.sites:
-        with tempfile.TemporaryDirectory() as folder:
-            measured(sites, arguments.size, arguments.rounds, arguments.processes, Path(folder))
+        print(measured(sites, arguments.size, arguments.rounds, arguments.processes).row(), flush=True)
+    if pythons := {peer: python for peer in PEERS if (python := getattr(arguments, f"python_{peer}"))}:
+        compare(pythons, arguments.rounds, arguments.processes)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import time
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -167,10 +169,20 @@ def test_the_commands_serve_metrics_while_they_run(command: list[str], monkeypat
             heard.append(answer.read().decode())
 
     monkeypatch.setattr(network_commands, "_until_asked", look)
-    assert CliRunner().invoke(cli.app, [*command, "--metrics-port", str(port)]).exit_code == 0
+    result = CliRunner().invoke(cli.app, [*command, "--metrics-port", str(port)])
+    assert result.exit_code == 0
     assert f"dpfl_{command[0]}_connected 0.0" in heard[0]
+    expiry = re.search(rf"^dpfl_{command[0]}_certificate_expiry_timestamp_seconds (\S+)", heard[0], re.MULTILINE)
+    assert expiry is not None and 29 * 86400 < float(expiry[1]) - time.time() < 30 * 86400
+    assert re.search(r"kit.json expires on \d{4}-\d\d-\d\d, in 29 days: ask the provisioner", result.stderr)
     with pytest.raises(URLError):
         urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20)
+
+
+def test_a_certificate_that_lasts_is_not_talked_about(command: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(network_commands, "_until_asked", lambda _serve: None)
+    monkeypatch.setattr(network_commands, "SOON", 29)
+    assert CliRunner().invoke(cli.app, command).stderr == ""
 
 
 def test_the_commands_do_not_start_where_the_port_is_taken(command: list[str], tmp_path: Path):

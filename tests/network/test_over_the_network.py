@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from dp_federated_lora import train
+from dp_federated_lora import evaluate, train
 from dp_federated_lora.errors import ConfigError, MessageRefused, RunError
 from dp_federated_lora.lab.config import Config, parse_config
+from dp_federated_lora.network import administration
 from dp_federated_lora.network import coordinator as coordinators
 from dp_federated_lora.network import site as sites_
-from dp_federated_lora.network.administration import ask
+from dp_federated_lora.network.administration import ask, fetch
 from dp_federated_lora.network.audit_log import verify
 from dp_federated_lora.network.broker import Broker
 from dp_federated_lora.network.coordinator import Coordinator
@@ -127,6 +128,23 @@ async def running(
                 await federation.kill(name)
 
 
+def test_a_site_that_runs_is_heard_of_without_a_run_and_one_that_does_not_is_not(raw_config: Raw, tmp_path: Path):
+    async def scenario() -> None:
+        async with running(networked(raw_config), tmp_path / "network") as federation:
+            await federation.kill("client-3")
+            await federation.kill("main")
+            await federation.start("main")
+            await federation.kill("client-1")
+            await federation.start("client-1")
+            while (heard := {each["site"]: each["heard_seconds_ago"] for each in await ask(federation.kit("bob"), "sites")}) and (
+                heard["client-1"] is None
+            ):
+                await asyncio.sleep(0.1)
+            assert heard["client-1"] < sites_.PRESENT_EVERY and heard["client-3"] is None
+
+    asyncio.run(scenario())
+
+
 def test_a_run_over_the_network_gives_the_simulators_adapter_to_the_bit(raw_config: Raw, tmp_path: Path):
     config = networked(raw_config)
     simulated = train(config, out=tmp_path / "simulated")
@@ -135,6 +153,8 @@ def test_a_run_over_the_network_gives_the_simulators_adapter_to_the_bit(raw_conf
         async with running(config, tmp_path / "network") as federation:
             assert (await federation.submit())["state"] in UNFINISHED
             assert (await federation.submit())["state"] in UNFINISHED  # the same again changes nothing
+            with pytest.raises(RunError, match="its results are there once it is over"):
+                await fetch(federation.kit("bob"), "first", tmp_path / "early")
             status = await federation.end()
             assert (status["state"], status["reason"]) == ("finished", "")
             assert adapter_bytes(federation.run_folder) == adapter_bytes(simulated.path)
@@ -143,12 +163,30 @@ def test_a_run_over_the_network_gives_the_simulators_adapter_to_the_bit(raw_conf
             heard = await ask(federation.kit("bob"), "sites")
             assert [each["site"] for each in heard] == SITES
             assert all(each["heard_seconds_ago"] is not None for each in heard)
+            names = await fetch(federation.kit("bob"), "first", tmp_path / "fetched")
+            assert not [name for name in names if "ledger" in name or "state" in name or name.endswith((".log", ".key"))]
+            assert evaluate(tmp_path / "fetched") == evaluate(federation.run_folder)
+            with pytest.raises(RunError, match="exists and is never overwritten"):
+                await fetch(federation.kit("bob"), "first", tmp_path / "fetched")
         acts = [entry.act for entry in verify(tmp_path / "network" / "main" / "audit.jsonl").entries]
         assert "submitted a run" in acts
         acts = [entry.act for entry in verify(tmp_path / "network" / "client-1" / "audit.jsonl").entries]
         assert [act for act in acts if "run" in act] == ["joined a run", "ended a run"]
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("name", ["../adapter.bin", "/tmp/adapter.bin", "adapter/../../x"])
+def test_a_coordinator_cannot_write_outside_of_the_folder_that_was_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    async def lie(*_: object, **__: object) -> dict[str, str]:
+        return {"report.html": "", name: ""}
+
+    monkeypatch.setattr(administration, "ask", lie)
+    with pytest.raises(MessageRefused, match="outside of"):
+        asyncio.run(fetch(None, "first", tmp_path / "results"))  # type: ignore[arg-type]
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize("victim", ["main", "client-3", "broker"])
@@ -234,6 +272,8 @@ def test_a_policy_that_refuses_shows_rule_and_numbers_in_the_status(raw_config: 
             assert "client-" in status["reason"]
             assert "8" in status["reason"]
             assert not federation.run_folder.exists()
+            with pytest.raises(RunError, match="has no results: it failed"):
+                await fetch(federation.kit("bob"), "first", tmp_path / "nothing")
 
     asyncio.run(scenario())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from dp_federated_lora.network.kit import Kit
 
 app = typer.Typer(rich_markup_mode=None)
+
+SOON: Final = 30
+"""Days before a certificate's end from which on its owner is told."""
 
 
 @app.command(epilog="Example: dpfl provision project.toml provisioned/")
@@ -129,11 +132,11 @@ def site(
     from dp_federated_lora.data import resolve  # noqa: PLC0415
     from dp_federated_lora.errors import ConfigError  # noqa: PLC0415
     from dp_federated_lora.monitoring.prometheus import SiteMetrics, served  # noqa: PLC0415
-    from dp_federated_lora.network.kit import Kit  # noqa: PLC0415
     from dp_federated_lora.network.policy import SitePolicy  # noqa: PLC0415
     from dp_federated_lora.network.site import Site, serve  # noqa: PLC0415
 
-    own, rules, metrics = Kit.load(kit), SitePolicy.load(policy), SiteMetrics()
+    own, rules, metrics = _kit(kit), SitePolicy.load(policy), SiteMetrics()
+    metrics.expires(own.expires)
     resolve(data)  # a name that is wrong is noticed now, not when the first run is offered
     if data_set not in (known := [each.name for each in rules.data_set]):
         raise ConfigError(f'{policy} allows nothing with the data set "{data_set}": name one of {known}, or add it there')
@@ -156,9 +159,9 @@ def coordinator(
     """Run what administrators submit, until it is asked to end; it goes on with what is unfinished."""
     from dp_federated_lora.monitoring.prometheus import CoordinatorMetrics, served  # noqa: PLC0415
     from dp_federated_lora.network.coordinator import Coordinator, serve  # noqa: PLC0415
-    from dp_federated_lora.network.kit import Kit  # noqa: PLC0415
 
-    own, metrics = Kit.load(kit), CoordinatorMetrics()
+    own, metrics = _kit(kit), CoordinatorMetrics()
+    metrics.expires(own.expires)
     with served(metrics, metrics_port, metrics_bind):
         here = Coordinator(
             own, folder=state, database=database, deadline=deadline, patience=patience, standby=standby, metrics=metrics
@@ -177,7 +180,7 @@ def submit(
     from dp_federated_lora.lab import load_config  # noqa: PLC0415
     from dp_federated_lora.network.submissions import sign_submission  # noqa: PLC0415
 
-    own, run, text = _kit(kit), name or config.stem, load_config(config).to_toml()
+    own, run, text = _administrator(kit), name or config.stem, load_config(config).to_toml()
     signature = sign_submission(own.signing, project=own.project, run=run, config=text)
     _print(_ask(own, "submit", run=run, config=text, signature=signature), as_json=as_json)
 
@@ -185,7 +188,7 @@ def submit(
 @app.command(epilog="Example: dpfl runs --kit kit/")
 def runs(kit: KitPath, as_json: AsJson = False) -> None:
     """List all runs."""
-    _print(_ask(_kit(kit), "runs"), as_json=as_json)
+    _print(_ask(_administrator(kit), "runs"), as_json=as_json)
 
 
 @app.command(epilog="Example: dpfl status newswire-1 --kit kit/ --watch")
@@ -200,7 +203,7 @@ def status(
 
     from dp_federated_lora.network.runs import UNFINISHED  # noqa: PLC0415
 
-    own, last = _kit(kit), None
+    own, last = _administrator(kit), None
     while True:
         found = _ask(own, "status", run=run)
         if found != last:
@@ -211,16 +214,33 @@ def status(
         time.sleep(2.0)
 
 
+@app.command(epilog="Example: dpfl results newswire-1 newswire-1/ --kit kit/")
+def results(
+    run: RunName,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder to bring them into.")],
+    kit: KitPath,
+    as_json: AsJson = False,
+) -> None:
+    """Bring the results of a run that is over: adapter, report, privacy figures and metrics of all rounds."""
+    import asyncio  # noqa: PLC0415
+
+    from dp_federated_lora.network.administration import fetch  # noqa: PLC0415
+
+    _quiet()
+    names = asyncio.run(fetch(_administrator(kit), run, out))
+    _print({"folder": str(out), "files": names if as_json else ", ".join(names)}, as_json=as_json)
+
+
 @app.command(epilog="Example: dpfl stop newswire-1 --kit kit/")
 def stop(run: RunName, kit: KitPath, as_json: AsJson = False) -> None:
     """Stop a run for good; what it has published stays."""
-    _print(_ask(_kit(kit), "stop", run=run), as_json=as_json)
+    _print(_ask(_administrator(kit), "stop", run=run), as_json=as_json)
 
 
 @app.command(epilog="Example: dpfl sites --kit kit/")
 def sites(kit: KitPath, as_json: AsJson = False) -> None:
     """List the sites, and when the coordinator last heard of each."""
-    _print(_ask(_kit(kit), "sites"), as_json=as_json)
+    _print(_ask(_administrator(kit), "sites"), as_json=as_json)
 
 
 @app.command(epilog="Example: dpfl up examples/newswire-network.toml --out runs/network")
@@ -243,11 +263,25 @@ def up(
 
 
 def _kit(folder: Path) -> Kit:
-    """An administrator's kit: nobody else may ask a coordinator, and would wait for an answer in vain."""
-    from dp_federated_lora.errors import KitRefused  # noqa: PLC0415
+    """A member's kit; says on standard error that it ends, if that is soon."""
+    from datetime import UTC, datetime  # noqa: PLC0415
+
     from dp_federated_lora.network.kit import Kit  # noqa: PLC0415
 
     kit = Kit.load(folder)
+    if (left := (kit.expires - datetime.now(UTC)).days) < SOON:
+        typer.echo(
+            f"{folder / 'kit.json'} expires on {kit.expires:%Y-%m-%d}, in {left} days: ask the provisioner for a new one",
+            err=True,
+        )
+    return kit
+
+
+def _administrator(folder: Path) -> Kit:
+    """An administrator's kit: nobody else may ask a coordinator, and would wait for an answer in vain."""
+    from dp_federated_lora.errors import KitRefused  # noqa: PLC0415
+
+    kit = _kit(folder)
     if kit.member.role != "admin":
         raise KitRefused(f"{folder} is the kit of {kit.member}, and only an administrator asks this: name an administrator's kit")
     return kit

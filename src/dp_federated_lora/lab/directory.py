@@ -67,6 +67,12 @@ class RunDirectory:
             raise RunError(f"{path} is not a run directory: it has no config.toml")
         return run
 
+    @property
+    def released(self) -> dict[str, Path]:
+        """What a run publishes and the guarantee covers, by path within the directory; nothing of it is secret."""
+        found = (self.config, self.privacy, self.metrics, self.report, *sorted(self.adapter.glob("*")))
+        return {path.relative_to(self.path).as_posix(): path for path in found if path.is_file()}
+
     def load_config(self) -> Config:
         """The resolved configuration of the run."""
         return load_config(self.config)

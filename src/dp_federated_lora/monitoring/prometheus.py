@@ -11,6 +11,7 @@ import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Final, final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -39,6 +40,7 @@ class _Metrics:
         self._bytes = self._counter("bytes", "Bytes of messages to and from the other side, by direction.", "direction")
         _start_at_zero(self._bytes, ("sent", "received"))
         self._connected = self._gauge("connected", "Whether the broker is connected: 1 or 0.")
+        self._expires = self._gauge("certificate_expiry_timestamp_seconds", "When this member's certificate ends, Unix time.")
         self._spent = self._gauge("run_epsilon_spent", "Epsilon that the run under way has charged, when last told.", "run")
         self._left = self._gauge("run_epsilon_left", "Epsilon of its budget that the run under way may still charge.", "run")
 
@@ -53,6 +55,10 @@ class _Metrics:
     def connected_while(self, connected: Callable[[], bool]) -> None:
         """Ask `connected` at every look at the metrics."""
         self._connected.set_function(lambda: float(connected()))
+
+    def expires(self, moment: datetime) -> None:
+        """Tell when the member's certificate ends."""
+        self._expires.set(moment.timestamp())
 
     def run_spent(self, run: str, epsilon: float, budget: float) -> None:
         """Tell what the run under way has charged, of how much."""

@@ -6,6 +6,7 @@ import asyncio
 import queue
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +33,7 @@ from dp_federated_lora.network.parts import Assembly, cut
 from dp_federated_lora.network.project import Member
 from dp_federated_lora.network.runs import UNFINISHED, RunRecord, RunTable, State
 from dp_federated_lora.network.site_run import software
-from dp_federated_lora.network.subjects import FROM_ADMINISTRATORS, inbox_of, outbox_of
+from dp_federated_lora.network.subjects import FROM_ADMINISTRATORS, VERBS, inbox_of, outbox_of
 from dp_federated_lora.network.submissions import require_submission
 
 _OFFER_AGAIN: Final = 5.0
@@ -238,6 +239,8 @@ class Coordinator:
         except MessageRefused as error:
             return answer_to(Order("", ""), error=str(error))
         asked = (person, verb, order.question)
+        if verb in VERBS["view"]:
+            return self._answered(person, verb, order)
         if asked in self._answers:  # again, as an answer may be lost: what was done is not done twice
             return self._answers[asked]
         while len(self._answers) >= _REMEMBERED:
@@ -258,20 +261,18 @@ class Coordinator:
             case "submit":
                 return self._submit(person, order)
             case "stop":
-                record = self.table.get(order.run)
-                if record.stop == person:
-                    return {"run": order.run, "state": "stopping"}
-                if record.state not in UNFINISHED:
-                    raise RunError(f"run {order.run} is over ({record.state}): there is nothing to stop")
-                self.table.set(order.run, stop=person)
-                self._stopping = self._stopping or order.run == self._running
-                self._audit.append(f"administrator {person}", "stopped a run", {"run": order.run})
-                return {"run": order.run, "state": "stopping"}
+                return self._stop(person, order.run)
+        return self._view(verb, order.run)
+
+    def _view(self, verb: str, run: str) -> Any:
+        match verb:
             case "runs":
                 return [self._facts(record, self._rounds(record.run)) for record in self.table.all()]
             case "status":
-                rounds = self._rounds(order.run)
-                return self._facts(self.table.get(order.run), rounds) | {"rounds": rounds}
+                rounds = self._rounds(run)
+                return self._facts(self.table.get(run), rounds) | {"rounds": rounds}
+            case "results":
+                return self._results(self.table.get(run))
             case "sites":
                 now = time.monotonic()
                 return [
@@ -279,6 +280,16 @@ class Coordinator:
                     for name in sorted(self.kit.roster)
                 ]
         raise MessageRefused(f"there is no {verb!r} here")
+
+    def _stop(self, person: str, run: str) -> Mapping[str, str]:
+        record = self.table.get(run)
+        if record.stop != person:
+            if record.state not in UNFINISHED:
+                raise RunError(f"run {run} is over ({record.state}): there is nothing to stop")
+            self.table.set(run, stop=person)
+            self._stopping = self._stopping or run == self._running
+            self._audit.append(f"administrator {person}", "stopped a run", {"run": run})
+        return {"run": run, "state": "stopping"}
 
     def _submit(self, person: str, order: Order) -> Mapping[str, str]:
         require_submission(
@@ -296,6 +307,15 @@ class Coordinator:
             self._work.notify_all()
         self._audit.append(f"administrator {person}", "submitted a run", {"run": order.run})
         return {"run": order.run, "state": self.table.get(order.run).state}
+
+    def _results(self, record: RunRecord) -> Mapping[str, str]:
+        """Released files by name, base64."""
+        if record.state in UNFINISHED:
+            raise RunError(f"run {record.run} is {record.state}: its results are there once it is over")
+        directory = RunDirectory(self._folder / "runs" / record.run)
+        if not directory.report.exists():
+            raise RunError(f"run {record.run} has no results: it {record.state} ({record.reason})")
+        return {name: b64encode(path.read_bytes()).decode() for name, path in directory.released.items()}
 
     def _facts(self, record: RunRecord, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {
@@ -379,7 +399,8 @@ async def serve(coordinator: Coordinator, *, ready: Callable[[], None] = lambda:
                 sender, verb = message.sender, message.subject.rpartition(".")[2]
                 if sender is not None:
                     answer = await asyncio.to_thread(coordinator.obey, sender.name, verb, message.data)
-                    await connection.publish(inbox_of(sender), answer)
+                    for part in cut(answer):
+                        await connection.publish(inbox_of(sender), part)
 
         listeners = [asyncio.create_task(hear(*each)) for each in sites.items()] + [asyncio.create_task(obey())]
         try:

@@ -96,6 +96,12 @@ class Failed(Message, frozen=True, array_like=True, tag="failed"):
     reason: Text
 
 
+class Present(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True, tag="present"):
+    """From a site: its program runs, with a run under way or without."""
+
+    version: Annotated[int, Meta(ge=VERSION, le=VERSION)]
+
+
 class Ended(Message, frozen=True, array_like=True, tag="ended"):
     """To a site: the run is over, and why."""
 
@@ -103,7 +109,7 @@ class Ended(Message, frozen=True, array_like=True, tag="ended"):
 
 
 ToSite = Offered | Asked | Ended
-FromSite = Joined | Refused | Answered | Failed
+FromSite = Joined | Refused | Answered | Failed | Present
 
 Kind = TypeVar("Kind")
 

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from traceback import extract_tb
 from typing import Final, final
 
-from dp_federated_lora.errors import DpflError, MessageRefused
+from dp_federated_lora.errors import BrokerFailed, DpflError, MessageRefused
 from dp_federated_lora.files import FolderLock, write_durably
 from dp_federated_lora.monitoring.log import RunLog, open_log
 from dp_federated_lora.monitoring.prometheus import SiteMetrics
 from dp_federated_lora.network.audit_log import AuditLog
 from dp_federated_lora.network.connection import Connection
 from dp_federated_lora.network.kit import Kit
-from dp_federated_lora.network.messages import VERSION, Asked, Ended, Failed, FromSite, Joined, Offered, Refused, encode, to_site
+from dp_federated_lora.network.messages import (
+    VERSION,
+    Asked,
+    Ended,
+    Failed,
+    FromSite,
+    Joined,
+    Offered,
+    Present,
+    Refused,
+    encode,
+    to_site,
+)
 from dp_federated_lora.network.parts import Assembly, cut
 from dp_federated_lora.network.policy import SitePolicy
 from dp_federated_lora.network.project import Member
@@ -23,6 +36,9 @@ from dp_federated_lora.network.site_run import SiteFacts, SiteRun
 from dp_federated_lora.network.subjects import inbox_of, outbox_of
 from dp_federated_lora.network.submissions import require_submission
 from dp_federated_lora.network.sums import forget_sums
+
+PRESENT_EVERY: Final = 30.0
+"""Seconds between two messages of a site that has nothing to say."""
 
 _OFFERED: Final = "offered"
 _DEFECT: Final = "an internal error at this site; its own log has more"
@@ -166,20 +182,38 @@ async def serve(site: Site, kit: Kit, *, ready: Callable[[], None] = lambda: Non
     Raises:
         BrokerFailed: if the broker refuses this site.
     """
-    member, parts = Member("site", kit.member.name), Assembly()
+    member, parts, turn = Member("site", kit.member.name), Assembly(), asyncio.Lock()
     try:
         async with await Connection.connect(kit) as connection:
+
+            async def send(message: bytes) -> None:
+                """Send in parts, which those of another message do not come between."""
+                async with turn:
+                    for part in cut(message):
+                        await connection.publish(outbox_of(member), part)
+
+            async def be_present() -> None:
+                """Say again and again that this program runs."""
+                while True:
+                    with suppress(BrokerFailed):  # it is away, and enough is waiting for it
+                        await send(encode(Present(VERSION)))
+                    await asyncio.sleep(PRESENT_EVERY)
+
             inbox = await connection.subscribe(inbox_of(member))
             site.metrics.connected_while(lambda: connection.connected)
+            present = asyncio.create_task(be_present())
             ready()
-            async for message in inbox:
-                try:
-                    whole = parts.take(message.data)
-                except MessageRefused:
-                    continue
-                answer = None if whole is None else await _to_the_end(site.handle, whole)
-                for part in cut(answer) if answer is not None else ():
-                    await connection.publish(outbox_of(member), part)
+            try:
+                async for message in inbox:
+                    try:
+                        whole = parts.take(message.data)
+                    except MessageRefused:
+                        continue
+                    answer = None if whole is None else await _to_the_end(site.handle, whole)
+                    if answer is not None:
+                        await send(answer)
+            finally:
+                present.cancel()
     finally:
         site.close()
 

@@ -20,7 +20,7 @@ from dp_federated_lora.network.project import Member, Right
 VERBS: Final[Mapping[Right, tuple[str, ...]]] = {
     "submit": ("submit",),
     "stop": ("stop",),
-    "view": ("runs", "status", "sites", "watch"),
+    "view": ("runs", "status", "sites", "results"),
 }
 
 FROM_SITES: Final = "dpfl.site.*.out"
