@@ -9,9 +9,9 @@ coordinator`. Wall-clock seconds of a round, from the request to the opened sum,
 message to the opened sum. Sites, coordinator and broker share this machine.
 
 With an interpreter that has flwr or nvflare, a second table: a round at 10 sites and 250,000 numbers each way, ours and theirs,
-whose deployments are on this machine too and as they come: a process or more for each site, and their pauses between looks for
-work. They send plain arrays, Flower without TLS; ours includes TLS and every step of secure aggregation, and no time in which many
-sites' processes start. Theirs are rounds after one that warms up; ours have none before.
+each site in a process of its own, on this machine. The peers are deployed as they come, with their pauses between looks for work,
+and send plain arrays, Flower without TLS; ours includes TLS and every step of secure aggregation. Theirs are rounds after one
+that warms up; ours have none before.
 """
 
 from __future__ import annotations
@@ -265,9 +265,9 @@ def run(names: list[str], plan: PrivacyPlan, size: int, rounds: int, folder: Pat
 # --- peers ----------------------------------------------------------------------------------------------
 
 
-def compare(pythons: Mapping[str, str], rounds: int, processes: int) -> None:
+def compare(pythons: Mapping[str, str], rounds: int) -> None:
     """Print the table of ours and the peers, each with its interpreter."""
-    ours = statistics.median(measured(PEER_SITES, PEER_SIZE, rounds, processes).seconds)
+    ours = statistics.median(measured(PEER_SITES, PEER_SIZE, rounds, processes=PEER_SITES).seconds)
     print(f"\n{PEER_SITES} sites, {PEER_SIZE:,} numbers each way\n")
     print("| system | seconds of a round (median) | times ours |\n|---|---|---|")
     print(f"| ours, secure aggregation | {ours:.2f} | 1 |", flush=True)
@@ -303,7 +303,7 @@ def main() -> None:
     for sites in arguments.sites:
         print(measured(sites, arguments.size, arguments.rounds, arguments.processes).row(), flush=True)
     if pythons := {peer: python for peer in PEERS if (python := getattr(arguments, f"python_{peer}"))}:
-        compare(pythons, arguments.rounds, arguments.processes)
+        compare(pythons, arguments.rounds)
 
 
 if __name__ == "__main__":

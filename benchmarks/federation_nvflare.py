@@ -69,8 +69,12 @@ def project(sites: int, port: int) -> dict[str, Any]:
     """What is provisioned."""
     server = {"name": "server", "type": "server", "default_host": "localhost", "fed_learn_port": port, "admin_port": port}
     administrator = {"name": ADMINISTRATOR, "type": "admin", "role": "project_admin"}
-    participants = [server, administrator, *({"name": f"site-{site}", "type": "client"} for site in range(sites))]
-    builders = [{"path": f"nvflare.lighter.impl.{builder}"} for builder in BUILDERS]
+    participants: list[dict[str, Any]] = [
+        server,
+        administrator,
+        *({"name": f"site-{site}", "type": "client"} for site in range(sites)),
+    ]
+    builders: list[dict[str, Any]] = [{"path": f"nvflare.lighter.impl.{builder}"} for builder in BUILDERS]
     builders[0]["args"] = {"template_file": ["master_template.yml"]}
     return {
         "api_version": 3,

@@ -1,4 +1,4 @@
-"""All programs of a federation as processes, for tests that kill them or cut them off."""
+"""All programs of a federation as processes, for tests and measurements that kill them or cut them off."""
 
 from __future__ import annotations
 
@@ -22,12 +22,19 @@ from dp_federated_lora.network.kit import Kit
 from dp_federated_lora.network.project import Project
 from dp_federated_lora.network.provisioning import provision
 from dp_federated_lora.network.submissions import sign_submission
+from kits import free_ports
 
 SITES = [f"client-{number}" for number in range(5)]
+BROKERS = ["broker", "broker-1", "broker-2"]
+COORDINATORS = ["coordinator", "spare"]
 
 
 class Programs:
-    """Broker, coordinator and five sites, by name; `within` has what goes before a program's command."""
+    """Brokers, coordinators and five sites, by name.
+
+    `within` has what goes before a program's command. Of several `brokers`, which form a cluster, and two `coordinators`, the
+    second of which stands by, any one may be killed for good.
+    """
 
     def __init__(
         self,
@@ -37,23 +44,38 @@ class Programs:
         *,
         host: str = "127.0.0.1",
         within: Mapping[str, Sequence[str]] | None = None,
+        brokers: int = 1,
+        coordinators: int = 1,
     ) -> None:
         folder.mkdir()
         self.folder, self.stack, self.config, self.within = folder, stack, config, within or {}
+        self.brokers, self.coordinators = BROKERS[:brokers], COORDINATORS[:coordinators]
         project = local._project(SITES).model_dump()
-        project["servers"][0]["host"] = host
+        ports = free_ports(2 * brokers)
+        project["servers"] = [{"host": host, "port": port} for port in ports[:brokers]]
+        project["coordinators"] = self.coordinators
+        self.routes = ports[brokers:] if brokers > 1 else []
         self.kits = folder / "kits"
         provision(Project.model_validate(project), self.kits, with_keys=True)
         local._prepare_sites(config, SITES, folder)
         (folder / "project.toml").write_text(tomli_w.dumps(project))
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         stack.callback(self.end)
-        for name in ("broker", "coordinator", *SITES):
+        for name in (*self.brokers, *self.coordinators, *SITES):
             self.start(name)
 
+    def words(self, name: str) -> list[str]:
+        """The command of a program."""
+        if name in self.brokers:
+            words = ["broker", str(self.folder / "project.toml"), str(self.kits), "--server", str(self.brokers.index(name))]
+            return words + [word for port in self.routes for word in ("--route-ports", str(port))]
+        if name in self.coordinators:
+            words = ["coordinator", "--kit", str(self.kits / name), "--state", str(self.folder / "coordinator")]
+            return words if name == "coordinator" else [*words, "--standby"]
+        return local._words(name, self.folder)
+
     def start(self, name: str) -> None:
-        broker = ["broker", str(self.folder / "project.toml"), str(self.kits)]
-        words = broker if name == "broker" else local._words(name, self.folder)
+        words = self.words(name)
         command = [*self.within.get(name, ()), sys.executable, "-m", "dp_federated_lora.cli.main", *words]
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
@@ -66,7 +88,7 @@ class Programs:
             )
 
     def kill(self, name: str) -> None:
-        if name == "broker":  # its child is the broker itself
+        if name in self.brokers:  # its child is the broker itself
             found = subprocess.run(["pgrep", "-P", str(self.running[name].pid)], capture_output=True, text=True, check=False)
             for child in found.stdout.split():
                 os.kill(int(child), signal.SIGKILL)

@@ -1,0 +1,59 @@
+"""A run goes on when the coordinator at work, or a broker of a cluster, is killed for good and another one stands by.
+
+`pytest -m slow -s` prints the seconds from a death to the next published round.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from dp_federated_lora import train
+from dp_federated_lora.errors import RunError
+from dp_federated_lora.network.runs import UNFINISHED
+from federation import adapter_bytes, networked
+from programs import SITES, Programs
+
+Raw = dict[str, dict[str, object]]
+ROUNDS = 30
+
+
+def rounds_of(programs: Programs) -> int:
+    """Published rounds, as the coordinator's folder has them."""
+    file = programs.run / "metrics.jsonl"
+    return len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0
+
+
+def wait_for(programs: Programs, rounds: int) -> None:
+    while rounds_of(programs) < rounds:
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("victim", ["coordinator", "broker"])
+def test_another_one_takes_over(raw_config: Raw, tmp_path: Path, victim: str):
+    config = networked(raw_config, rounds=ROUNDS)
+    expected = adapter_bytes(train(config, out=tmp_path / "simulated").path)
+    with ExitStack() as stack:
+        programs = Programs(config, tmp_path / "network", stack, brokers=3, coordinators=2)
+        programs.submit()
+        wait_for(programs, 5)
+        before, start = rounds_of(programs), time.monotonic()
+        programs.kill(victim)
+        wait_for(programs, before + 1)
+        print(f"\n{victim} killed: the next round after {time.monotonic() - start:.2f} s")
+        while True:
+            try:
+                status = programs.status()
+            except RunError:
+                continue
+            if status["state"] not in UNFINISHED:
+                break
+            time.sleep(0.5)
+    assert (status["state"], status["reason"], status["round"]) == ("finished", "", ROUNDS)
+    assert [programs.charges(name) for name in SITES] == [ROUNDS] * len(SITES)
+    assert adapter_bytes(programs.run) == expected
