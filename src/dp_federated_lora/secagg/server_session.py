@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Final, NamedTuple, final
 
 import numpy as np
@@ -43,7 +43,8 @@ class SecureTotal(NamedTuple):
 class ServerSession:
     """One secure sum at the server: `receive` answers, then `advance` to the next messages; four times, and a fifth for the sum.
 
-    Who has not answered when the server advances is out of the round. The sum so far, not the clients' integers, is kept.
+    Who has not answered when the server advances is out of the round. The sum so far, not the clients' integers, is kept. A
+    secret is opened as soon as enough shares of it are there, so that little is left to do after the last answer.
 
     Args:
         terms: of the round.
@@ -55,11 +56,15 @@ class ServerSession:
         self._received: dict[str, Message] = {}
         self._expected: set[str] = set(terms.roster)
         self._cohort: tuple[str, ...] = ()
+        self._places: dict[str, int] = {}
         self._near: dict[str, list[str]] = {}
         self._advertised: dict[str, Advertised] = {}
         self._shares: dict[str, Shares] = {}
         self._survivors: tuple[str, ...] = ()
         self._total = np.zeros(terms.size, dtype=np.uint32)
+        self._seeds: dict[str, dict[int, bytes]] = {}  # shares of survivors' seeds, by place
+        self._keys: dict[str, dict[int, bytes]] = {}  # shares of the masking keys of those who dropped out
+        self._wrong: SecureSumAborted | None = None
         self.result: SecureTotal | None = None
 
     def receive(self, sender: str, data: bytes) -> None:
@@ -85,6 +90,8 @@ class ServerSession:
             self._total += self.terms.unpack(message.integers)
             message = Masked(VERSION, self.terms.context, b"")
         self._received[sender] = message
+        if isinstance(message, Revealed):
+            self._reveal(sender, message)
 
     @property
     def total(self) -> SecureTotal:
@@ -120,6 +127,8 @@ class ServerSession:
             raise SecureSumAborted(
                 f"{len(self._received)} clients answered where {self.terms.min_cohort} are the fewest to go on with"
             )
+        if self._wrong is not None:
+            raise self._wrong
         messages = steps[self._stage]()
         self._stage, self._received, self._expected = self._stage + 1, {}, set(messages)
         return messages
@@ -131,6 +140,7 @@ class ServerSession:
     def _introduce(self) -> dict[str, bytes]:
         self._advertised = self._of(Advertised)
         self._cohort = tuple(sorted(self._advertised))
+        self._places = {name: number for number, name in enumerate(self._cohort, 1)}
         self._near = {name: self.terms.neighbours(name, self._cohort) for name in self._cohort}
         return {
             name: self._message(Cohort, self._cohort, tuple(self._advertised[other] for other in near))
@@ -148,53 +158,62 @@ class ServerSession:
 
     def _announce(self) -> dict[str, bytes]:
         self._survivors = tuple(sorted(self._received))
+        self._seeds = {name: {} for name in self._survivors}
+        gone = self._shares.keys() - self._seeds.keys()
+        self._keys = {name: {} for name in gone if self._masked_by(name)}
         return dict.fromkeys(self._survivors, self._message(Survivors, self._survivors))
+
+    def _masked_by(self, name: str) -> list[str]:
+        """Survivors whose integers have a mask in common with `name`."""
+        return [other for other in self._near[name] if other in self._seeds]
 
     def _exchange_consents(self) -> dict[str, bytes]:
         consents, messages = self._of(Consent), dict[str, bytes]()
         for name in consents:
-            enough = self.terms.threshold(len(self._near[name]) + 1) - 1  # more would only take the client time to check
+            enough = self._threshold(name) - 1  # more would only take the client time to check
             near = [other for other in self._near[name] if other in consents and name in consents[other].tags][:enough]
             messages[name] = self._message(Consents, {other: consents[other].tags[name] for other in near})
         return messages
 
+    def _reveal(self, sender: str, message: Revealed) -> None:
+        """Take a client's shares; a secret whose shares do not belong together is noted, for `advance` to say."""
+        place = self._places[sender]
+        kinds = ((message.seeds, self._seeds, self._take_off_seed), (message.keys, self._keys, self._take_off_common))
+        for shares, known, take_off in kinds:
+            for name in shares.keys() & known.keys():
+                if sender != name and sender not in self._near[name]:
+                    continue
+                known[name][place] = shares[name]
+                if len(known[name]) == self._threshold(name):
+                    try:
+                        take_off(name, self._combined(name, known[name]))
+                    except SecureSumAborted as error:
+                        self._wrong = error
+
+    def _take_off_seed(self, name: str, seed: bytes) -> None:
+        if hashlib.sha256(seed).digest() != self._shares[name].seed_digest:
+            raise SecureSumAborted(f"shares of {name}'s seed do not belong together: somebody revealed a wrong one")
+        add_mask(self._total, seed, adds=False)
+
+    def _take_off_common(self, name: str, key: bytes) -> None:
+        private = PrivateKey.from_private_bytes(key)
+        if private.public_key().public_bytes_raw() != self._advertised[name].masking:
+            raise SecureSumAborted(f"shares of {name}'s key do not belong together: somebody revealed a wrong one")
+        for other in self._masked_by(name):
+            self.terms.add_common_mask(self._total, private, self._advertised[other].masking, adds=name < other)
+
     def _open(self) -> dict[str, bytes]:
-        revealed, place = self._of(Revealed), {name: number for number, name in enumerate(self._cohort, 1)}
-        for name in self._survivors:
-            shares = {
-                place[other]: revealed[other].seeds[name]
-                for other in self._holders(name, revealed)
-                if name in revealed[other].seeds
-            }
-            seed = self._combined(name, shares)
-            if hashlib.sha256(seed).digest() != self._shares[name].seed_digest:
-                raise SecureSumAborted(f"shares of {name}'s seed do not belong together: somebody revealed a wrong one")
-            add_mask(self._total, seed, adds=False)
-        for name in self._shares.keys() - set(self._survivors):
-            near = [other for other in self._near[name] if other in self._survivors]
-            if not near:
-                continue
-            shares = {
-                place[other]: revealed[other].keys[name]
-                for other in self._holders(name, revealed)
-                if name in revealed[other].keys
-            }
-            private = PrivateKey.from_private_bytes(self._combined(name, shares))
-            if private.public_key().public_bytes_raw() != self._advertised[name].masking:
-                raise SecureSumAborted(f"shares of {name}'s key do not belong together: somebody revealed a wrong one")
-            for other in near:
-                self.terms.add_common_mask(self._total, private, self._advertised[other].masking, adds=name < other)
+        for name, shares in (self._seeds | self._keys).items():
+            if len(shares) < self._threshold(name):
+                raise SecureSumAborted(f"{len(shares)} shares of a secret of {name} where {self._threshold(name)} open it")
         self.result = SecureTotal(self._total & np.uint32((1 << self.terms.bits) - 1), self._survivors)
         return {}
 
-    def _holders(self, name: str, among: Iterable[str]) -> list[str]:
-        return [other for other in (name, *self._near[name]) if other in among]
+    def _threshold(self, name: str) -> int:
+        return self.terms.threshold(len(self._near[name]) + 1)
 
     def _combined(self, name: str, shares: dict[int, bytes]) -> bytes:
-        threshold = self.terms.threshold(len(self._near[name]) + 1)
-        if len(shares) < threshold:
-            raise SecureSumAborted(f"{len(shares)} shares of a secret of {name} where {threshold} open it")
-        secret = combine(dict(sorted(shares.items())[:threshold]))
+        secret = combine(shares)
         if secret is None:
             raise SecureSumAborted(f"shares of a secret of {name} are of no secret: somebody revealed a wrong one")
         return secret
