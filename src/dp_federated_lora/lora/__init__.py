@@ -1,7 +1,7 @@
 """Base models and their LoRA adapters."""
 
 from dp_federated_lora.lora.adapter import AdaptedModel, Factor, adapt, block_list, orthonormal
-from dp_federated_lora.lora.models import Classifier, Task, load_backbone
+from dp_federated_lora.lora.models import Classifier, Task, load_backbone, preload
 from dp_federated_lora.lora.vision import Vision, vision_of
 
 __all__ = (
@@ -14,5 +14,6 @@ __all__ = (
     "block_list",
     "load_backbone",
     "orthonormal",
+    "preload",
     "vision_of",
 )

@@ -39,6 +39,14 @@ def native_dtype() -> Literal["float32", "bfloat16"]:
     return "bfloat16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "float32"
 
 
+def preload() -> None:
+    """Import what models of every task need, which takes seconds: for a program that stands by and will have none to lose."""
+    import transformers  # noqa: PLC0415
+
+    for task in Task:
+        getattr(transformers, task.loader)
+
+
 def load_backbone(
     path: Path, task: Task, *, dtype: torch.dtype = torch.float32, quantization: Quantization | None = None
 ) -> nn.Module:

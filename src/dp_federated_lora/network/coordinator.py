@@ -19,6 +19,7 @@ from dp_federated_lora.lab.config import Config, parse_config_text
 from dp_federated_lora.lab.directory import RunDirectory
 from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.run import Run
+from dp_federated_lora.lora import preload
 from dp_federated_lora.monitoring.log import open_log
 from dp_federated_lora.monitoring.metrics import read_metrics
 from dp_federated_lora.monitoring.prometheus import CoordinatorMetrics
@@ -69,6 +70,8 @@ class Coordinator:
         metrics: CoordinatorMetrics | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if standby:
+            preload()
         self._lock = FolderLock(folder, wait=standby)
         self.kit, self._folder, self._deadline, self._patience = kit, folder, deadline, patience
         self.table = RunTable(database or folder / "runs.sqlite")
