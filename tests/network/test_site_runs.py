@@ -145,6 +145,30 @@ def test_a_coordinator_that_is_killed_goes_on_with_the_same_sum(undisturbed, tmp
     assert (ledger.spent().charges, ledger.spent().released) == (3, 3)
 
 
+def test_a_coordinator_killed_in_the_sum_of_a_later_group_still_knows_who_was_in_the_first(raw_config: Raw, tmp_path: Path):
+    networked(raw_config)
+    raw_config["federation"]["clients"] = 9
+    raw_config["secure_sum"] = {"colluders": 0, "dropouts": 0.34}
+    raw_config["robust"] = {"rule": "median", "byzantine": 1, "groups": 3}
+    config = parse_config(raw_config, where="test")
+    sites, silent, sums = Sites(config, tmp_path / "sites"), set[str](), list[str]()
+
+    def fault(site: str, message: Asked, answers: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+        if message.sum_id not in sums:
+            sums.append(message.sum_id)
+            if len(sums) == 1:
+                silent.add(message.members[0])  # of the first group, in the first life of the coordinator
+            if len(sums) == 3:
+                raise Dead
+        return [] if site in silent and len(sums) < 3 else answers
+
+    with suppress(Dead):
+        coordinate(config, sites, LocalLink(sites, fault), tmp_path / "out")
+    coordinate(config, sites, LocalLink(sites), tmp_path / "out")
+    (ledger,) = ledgers_at(str(tmp_path / "out"))
+    assert (ledger.spent().charges, ledger.spent().released) == (3, 3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100))
 def test_any_kill_of_the_coordinator_among_any_chaos_gives_the_undisturbed_adapter(undisturbed, tmp_path: Path, seed: int):

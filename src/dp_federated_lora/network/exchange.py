@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -83,6 +84,7 @@ class SiteExchange:
         self._run, self._plan, self._roster, self._link = run, plan, roster, link
         self._folder, self._deadline, self._again = folder, deadline, again
         self._clock, self._patience = clock, patience
+        self._part = ""  # of the run: a round's training or evaluation
         self._reasons: dict[str, str] = {}  # of sites that left the sum under way
         self._log, self._metrics = log, metrics or CoordinatorMetrics()
 
@@ -103,7 +105,7 @@ class SiteExchange:
         terms = terms_of(request, self._plan, size=size, sum_id=sum_id, sent=sent, roster=roster)
         server, messages = ServerSession(terms), dict.fromkeys(members, b"")
         self._reasons.clear()
-        self._forget_others(sum_id)
+        self._begin(f"{request.round}-{request.purpose.value}")
         with self._metrics.sum_under_way():
             for stage in range(len(STAGES)):
 
@@ -166,13 +168,15 @@ class SiteExchange:
         return file.read_text(encoding="utf-8").split() if file.exists() else None
 
     def _file(self, sum_id: str, stage: int) -> Path:
-        return self._folder / f"{sum_id}-{stage}"
+        return self._folder / self._part / f"{sum_id}-{stage}"
 
-    def _forget_others(self, sum_id: str) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    def _begin(self, part: str) -> None:
+        """Keep what is known of the sums of this part of the run, of which groups have one each, and forget the others."""
+        self._part = part
+        (self._folder / part).mkdir(parents=True, exist_ok=True, mode=0o700)
         for other in self._folder.iterdir():
-            if not other.name.startswith(sum_id):
-                other.unlink()
+            if other.name != part:
+                shutil.rmtree(other)
 
 
 @final
