@@ -13,6 +13,7 @@ from cryptography.x509.oid import NameOID
 from pydantic import Field, ValidationError, model_validator
 
 from dp_federated_lora.errors import ConfigError
+from dp_federated_lora.lab.config import explained
 from dp_federated_lora.lab.sections import Section
 
 Role = Literal["site", "coordinator", "admin"]
@@ -102,9 +103,7 @@ class Project(Section):
                 f"cannot read the project {path}: {error.strerror}; name the file that lists the members"
             ) from error
         except ValidationError as error:
-            keys = ((".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors())
-            lines = "".join(f"\n  {key}: {text}" if key else f"\n  {text}" for key, text in keys)
-            raise ConfigError(f"the project {path} cannot be used; correct:{lines}") from error
+            raise ConfigError(f"the project {path} cannot be used; correct:{explained(error)}") from error
         except ValueError as error:  # of TOML or UTF-8
             raise ConfigError(f"the project {path} is not valid TOML: {error}") from error
 
