@@ -76,6 +76,7 @@ def write_study(cells: Sequence[Cell], folder: Path, document: Path, *, command:
         f"Written by `{command}`. Test scores in per cent: mean over repeats, and half the width of a 95 %",
         "interval (Student's t). Repeats differ in noise and samples; partition and frozen factors are those of one public seed.",
         "Epsilon is at delta = 1e-5. The probe takes the best of four learning rates on the test table.",
+        "Where no test data are public, scores are of what participants hold out: noised, or exact without privacy.",
         *([f"{missing} of {len(found)} runs are not made yet: their rows are missing or have fewer repeats."] if missing else []),
     ]
     anchors = _anchors(cells, results)
