@@ -172,7 +172,7 @@ def test_the_commands_serve_metrics_while_they_run(command: list[str], monkeypat
     result = CliRunner().invoke(cli.app, [*command, "--metrics-port", str(port)])
     assert result.exit_code == 0
     assert f"dpfl_{command[0]}_connected 0.0" in heard[0]
-    expiry = re.search(rf"^dpfl_{command[0]}_certificate_expiry_timestamp_seconds (\S+)", heard[0], re.MULTILINE)
+    expiry = re.search(rf"^dpfl_{command[0]}_certificate_expires (\S+)", heard[0], re.MULTILINE)
     assert expiry is not None and 29 * 86400 < float(expiry[1]) - time.time() < 30 * 86400
     assert re.search(r"kit.json expires on \d{4}-\d\d-\d\d, in 29 days: ask the provisioner", result.stderr)
     with pytest.raises(URLError):

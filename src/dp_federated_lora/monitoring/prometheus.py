@@ -40,7 +40,7 @@ class _Metrics:
         self._bytes = self._counter("bytes", "Bytes of messages to and from the other side, by direction.", "direction")
         _start_at_zero(self._bytes, ("sent", "received"))
         self._connected = self._gauge("connected", "Whether the broker is connected: 1 or 0.")
-        self._expires = self._gauge("certificate_expiry_timestamp_seconds", "When this member's certificate ends, Unix time.")
+        self._expires = self._gauge("certificate_expires", "When this member's certificate ends, Unix time.")
         self._spent = self._gauge("run_epsilon_spent", "Epsilon that the run under way has charged, when last told.", "run")
         self._left = self._gauge("run_epsilon_left", "Epsilon of its budget that the run under way may still charge.", "run")
 
