@@ -23,7 +23,6 @@ import os
 import platform
 import queue
 import resource
-import socket
 import statistics
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from federation_peer import free_ports
 
 from dp_federated_lora.federated import Purpose, Request, terms_of
 from dp_federated_lora.monitoring.log import open_log
@@ -45,7 +45,7 @@ from dp_federated_lora.network.connection import Connection
 from dp_federated_lora.network.exchange import SiteExchange
 from dp_federated_lora.network.kit import Kit
 from dp_federated_lora.network.messages import VERSION, Answered, Asked, encode, to_site
-from dp_federated_lora.network.parts import Assembly, cut
+from dp_federated_lora.network.parts import Assembly
 from dp_federated_lora.network.project import Member, Project
 from dp_federated_lora.network.provisioning import provision
 from dp_federated_lora.network.subjects import inbox_of, outbox_of
@@ -75,13 +75,6 @@ def a_plan(sites: int) -> PrivacyPlan:
         budget=Budget(1e6, 1e-5),
         sites=sites,
     )
-
-
-def free_port() -> int:
-    """A port of this machine that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # --- sites: one process for many ------------------------------------------------------------------------
@@ -124,8 +117,7 @@ async def be_sites(out: Path, names: list[str], plan: PrivacyPlan, size: int) ->
             whole = site.parts.take(message.data)
             asked = None if whole is None else to_site(whole)
             if isinstance(asked, Asked):
-                for part in cut(site.answer(asked)):
-                    await connection.publish(outbox_of(kit.member), part)
+                await connection.send(outbox_of(kit.member), site.answer(asked))
 
     connected: list[str] = []
     await asyncio.gather(*(be(name) for name in names))
@@ -160,11 +152,8 @@ class Link:
                 self.queue.put((site, whole))
 
     def send(self, site: str, data: bytes) -> None:
-        async def publish() -> None:
-            for part in cut(data):
-                await self.connection.publish(inbox_of(Member("site", site)), part)
-
-        asyncio.run_coroutine_threadsafe(publish(), self.loop).result()
+        sending = self.connection.send(inbox_of(Member("site", site)), data)
+        asyncio.run_coroutine_threadsafe(sending, self.loop).result()
 
     def receive(self, timeout: float) -> tuple[str, bytes] | None:
         try:
@@ -210,7 +199,7 @@ def measured_in(folder: Path, sites: int, size: int, rounds: int, processes: int
             "sites": names,
             "coordinators": [COORDINATOR],
             "administrators": {"nobody": ["view"]},
-            "servers": [{"host": "127.0.0.1", "port": free_port()}],
+            "servers": [{"host": "127.0.0.1", "port": free_ports(1)[0]}],
         }
     )
     provision(project, folder, with_keys=True)

@@ -24,6 +24,7 @@ from nats.aio.transport import TcpTransport
 from dp_federated_lora.errors import BrokerFailed
 from dp_federated_lora.network.broker import MAX_PAYLOAD
 from dp_federated_lora.network.kit import Kit
+from dp_federated_lora.network.parts import cut
 from dp_federated_lora.network.project import Member
 from dp_federated_lora.network.subjects import grants_of, sender_of
 
@@ -106,6 +107,7 @@ class Connection:
         self._inboxes: list[Inbox] = []
         self._subscriptions: list[Subscription] = []
         self._closing = False
+        self._sending = asyncio.Lock()
         self._forbidden: set[str] = set()
         self._last = "no answer"
         self._refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -157,6 +159,12 @@ class Connection:
             ) from error
         except errors.Error as error:
             raise BrokerFailed(f"a message for {subject} was not sent: {error}; connect anew") from error
+
+    async def send(self, subject: str, message: bytes) -> None:
+        """Publish a message of any length in parts, between which no other message comes; errors are those of `publish`."""
+        async with self._sending:
+            for part in cut(message):
+                await self.publish(subject, part)
 
     async def flush(self) -> None:
         """Wait until the broker has all that was sent before, and has answered what it does not allow.

@@ -30,7 +30,7 @@ from dp_federated_lora.network.exchange import SiteExchange
 from dp_federated_lora.network.kit import Kit
 from dp_federated_lora.network.messages import VERSION, Ended, Joined, Offered, Refused, encode, from_site
 from dp_federated_lora.network.offer import model_id
-from dp_federated_lora.network.parts import Assembly, cut
+from dp_federated_lora.network.parts import Assembly
 from dp_federated_lora.network.project import Member
 from dp_federated_lora.network.runs import UNFINISHED, RunRecord, RunTable, State
 from dp_federated_lora.network.site_run import software
@@ -241,9 +241,9 @@ class Coordinator:
             order = read_order(data)
         except MessageRefused as error:
             return answer_to(Order("", ""), error=str(error))
-        asked = (person, verb, order.question)
         if verb in VERBS["view"]:
             return self._answered(person, verb, order)
+        asked = (person, verb, order.question)
         if asked in self._answers:  # again, as an answer may be lost: what was done is not done twice
             return self._answers[asked]
         while len(self._answers) >= _REMEMBERED:
@@ -369,13 +369,7 @@ async def serve(coordinator: Coordinator, *, ready: Callable[[], None] = lambda:
 
         def send(subject: str, data: bytes) -> None:
             """Send from the thread of a run."""
-
-            async def publish() -> None:
-                """Send in parts."""
-                for part in cut(data):
-                    await connection.publish(subject, part)
-
-            asyncio.run_coroutine_threadsafe(publish(), loop).result()
+            asyncio.run_coroutine_threadsafe(connection.send(subject, data), loop).result()
 
         coordinator._send = send
         coordinator.metrics.connected_while(lambda: connection.connected)
@@ -402,8 +396,7 @@ async def serve(coordinator: Coordinator, *, ready: Callable[[], None] = lambda:
                 sender, verb = message.sender, message.subject.rpartition(".")[2]
                 if sender is not None:
                     answer = await asyncio.to_thread(coordinator.obey, sender.name, verb, message.data)
-                    for part in cut(answer):
-                        await connection.publish(inbox_of(sender), part)
+                    await connection.send(inbox_of(sender), answer)
 
         listeners = [asyncio.create_task(hear(*each)) for each in sites.items()] + [asyncio.create_task(obey())]
         try:

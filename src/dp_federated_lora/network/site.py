@@ -29,7 +29,7 @@ from dp_federated_lora.network.messages import (
     encode,
     to_site,
 )
-from dp_federated_lora.network.parts import Assembly, cut
+from dp_federated_lora.network.parts import Assembly
 from dp_federated_lora.network.policy import SitePolicy
 from dp_federated_lora.network.project import Member
 from dp_federated_lora.network.site_run import SiteFacts, SiteRun
@@ -182,21 +182,15 @@ async def serve(site: Site, kit: Kit, *, ready: Callable[[], None] = lambda: Non
     Raises:
         BrokerFailed: if the broker refuses this site.
     """
-    member, parts, turn = Member("site", kit.member.name), Assembly(), asyncio.Lock()
+    member, parts = Member("site", kit.member.name), Assembly()
     try:
         async with await Connection.connect(kit) as connection:
-
-            async def send(message: bytes) -> None:
-                """Send in parts, which those of another message do not come between."""
-                async with turn:
-                    for part in cut(message):
-                        await connection.publish(outbox_of(member), part)
 
             async def be_present() -> None:
                 """Say again and again that this program runs."""
                 while True:
                     with suppress(BrokerFailed):  # it is away, and enough is waiting for it
-                        await send(encode(Present(VERSION)))
+                        await connection.send(outbox_of(member), encode(Present(VERSION)))
                     await asyncio.sleep(PRESENT_EVERY)
 
             inbox = await connection.subscribe(inbox_of(member))
@@ -211,7 +205,7 @@ async def serve(site: Site, kit: Kit, *, ready: Callable[[], None] = lambda: Non
                         continue
                     answer = None if whole is None else await _to_the_end(site.handle, whole)
                     if answer is not None:
-                        await send(answer)
+                        await connection.send(outbox_of(member), answer)
             finally:
                 present.cancel()
     finally:

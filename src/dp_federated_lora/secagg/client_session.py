@@ -219,8 +219,10 @@ class ClientSession:
             if len(names) < self.terms.min_cohort:
                 raise SecureSumAborted(f"{len(names)} survivors where {self.terms.min_cohort} are the fewest that hide a client")
             state.survivors = names
-            tags = {name: seal(self._sealing_key(name), b"", self._told(state.name, name)) for name in self._near_survivors()}
-            return encode(Consent(VERSION, self.terms.context, tags))
+            context, digest = self.terms.context, self._survivor_digest()
+            near = self._near_survivors()
+            tags = {name: seal(self._sealing_key(name), b"", between(context, state.name, name, digest)) for name in near}
+            return encode(Consent(VERSION, context, tags))
 
     def reveal(self, consents: bytes) -> bytes:
         """Shares that open survivors' own masks and the common masks of neighbours that dropped out: one kind of each client.
@@ -231,12 +233,12 @@ class ClientSession:
         with self._step("reveal") as state:
             terms = self.terms
             tags = decode(consents, Consents, context=terms.context, limit=terms.limit).tags
-            told = self._near_survivors()
+            told, digest = self._near_survivors(), self._survivor_digest()
             if not tags.keys() <= told:
                 raise SecureSumAborted("somebody consents who is no surviving neighbour")
             for name, tag in tags.items():
                 try:
-                    unseal(self._sealing_key(name), tag, self._told(name, state.name))
+                    unseal(self._sealing_key(name), tag, between(terms.context, name, state.name, digest))
                 except SecureSumAborted as error:
                     raise SecureSumAborted(f"{name} was told other survivors than this client") from error
             if len(tags) + 1 < terms.threshold(len(state.public_keys) + 1):
@@ -266,9 +268,8 @@ class ClientSession:
     def _near_survivors(self) -> set[str]:
         return set(self._state.survivors) & self._state.received.keys()
 
-    def _told(self, sender: str, receiver: str) -> bytes:
-        survivors = hashlib.sha256(msgspec.msgpack.encode(self._state.survivors)).digest()
-        return between(self.terms.context, sender, receiver, survivors)
+    def _survivor_digest(self) -> bytes:
+        return hashlib.sha256(msgspec.msgpack.encode(self._state.survivors)).digest()
 
 
 def between(context: bytes, sender: str, receiver: str, *facts: bytes) -> bytes:

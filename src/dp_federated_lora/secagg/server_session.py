@@ -55,12 +55,10 @@ class ServerSession:
         self._stage = 0
         self._received: dict[str, Message] = {}
         self._expected: set[str] = set(terms.roster)
-        self._cohort: tuple[str, ...] = ()
         self._places: dict[str, int] = {}
         self._near: dict[str, list[str]] = {}
         self._advertised: dict[str, Advertised] = {}
         self._shares: dict[str, Shares] = {}
-        self._survivors: tuple[str, ...] = ()
         self._total = np.zeros(terms.size, dtype=np.uint32)
         self._seeds: dict[str, dict[int, bytes]] = {}  # shares of survivors' seeds, by place
         self._keys: dict[str, dict[int, bytes]] = {}  # shares of the masking keys of those who dropped out
@@ -139,11 +137,11 @@ class ServerSession:
 
     def _introduce(self) -> dict[str, bytes]:
         self._advertised = self._of(Advertised)
-        self._cohort = tuple(sorted(self._advertised))
-        self._places = {name: number for number, name in enumerate(self._cohort, 1)}
-        self._near = {name: self.terms.neighbours(name, self._cohort) for name in self._cohort}
+        cohort = tuple(sorted(self._advertised))
+        self._places = {name: number for number, name in enumerate(cohort, 1)}
+        self._near = {name: self.terms.neighbours(name, cohort) for name in cohort}
         return {
-            name: self._message(Cohort, self._cohort, tuple(self._advertised[other] for other in near))
+            name: self._message(Cohort, cohort, tuple(self._advertised[other] for other in near))
             for name, near in self._near.items()
         }
 
@@ -157,11 +155,11 @@ class ServerSession:
         return messages
 
     def _announce(self) -> dict[str, bytes]:
-        self._survivors = tuple(sorted(self._received))
-        self._seeds = {name: {} for name in self._survivors}
+        survivors = tuple(sorted(self._received))
+        self._seeds = {name: {} for name in survivors}
         gone = self._shares.keys() - self._seeds.keys()
         self._keys = {name: {} for name in gone if self._masked_by(name)}
-        return dict.fromkeys(self._survivors, self._message(Survivors, self._survivors))
+        return dict.fromkeys(survivors, self._message(Survivors, survivors))
 
     def _masked_by(self, name: str) -> list[str]:
         """Survivors whose integers have a mask in common with `name`."""
@@ -206,7 +204,7 @@ class ServerSession:
         for name, shares in (self._seeds | self._keys).items():
             if len(shares) < self._threshold(name):
                 raise SecureSumAborted(f"{len(shares)} shares of a secret of {name} where {self._threshold(name)} open it")
-        self.result = SecureTotal(self._total & np.uint32((1 << self.terms.bits) - 1), self._survivors)
+        self.result = SecureTotal(self._total & np.uint32((1 << self.terms.bits) - 1), tuple(self._seeds))
         return {}
 
     def _threshold(self, name: str) -> int:
