@@ -7,13 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from dp_federated_lora.errors import RunError
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.ledgers import ledgers_at
 from dp_federated_lora.network import local
@@ -21,6 +23,7 @@ from dp_federated_lora.network.administration import ask
 from dp_federated_lora.network.kit import Kit
 from dp_federated_lora.network.project import Project
 from dp_federated_lora.network.provisioning import provision
+from dp_federated_lora.network.runs import UNFINISHED
 from dp_federated_lora.network.submissions import sign_submission
 from kits import free_ports
 
@@ -116,6 +119,18 @@ class Programs:
     def status(self) -> dict[str, Any]:
         found: dict[str, Any] = asyncio.run(ask(self.administrator, "status", run="demo"))
         return found
+
+    def end_of_run(self, meanwhile: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
+        """The status of the run once it is over; `meanwhile` is called with every one before, while somebody answers."""
+        while True:
+            try:
+                status = self.status()
+            except RunError:
+                continue
+            if status["state"] not in UNFINISHED:
+                return status
+            meanwhile(status)
+            time.sleep(0.2)
 
     @property
     def run(self) -> Path:

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 
 from dp_federated_lora import train
-from dp_federated_lora.errors import RunError
-from dp_federated_lora.network.runs import UNFINISHED
 from federation import adapter_bytes, networked
 from programs import SITES, Programs
 
@@ -46,14 +44,7 @@ def test_another_one_takes_over(raw_config: Raw, tmp_path: Path, victim: str):
         programs.kill(victim)
         wait_for(programs, before + 1)
         print(f"\n{victim} killed: the next round after {time.monotonic() - start:.2f} s")
-        while True:
-            try:
-                status = programs.status()
-            except RunError:
-                continue
-            if status["state"] not in UNFINISHED:
-                break
-            time.sleep(0.5)
+        status = programs.end_of_run()
     assert (status["state"], status["reason"], status["round"]) == ("finished", "", ROUNDS)
     assert [programs.charges(name) for name in SITES] == [ROUNDS] * len(SITES)
     assert adapter_bytes(programs.run) == expected

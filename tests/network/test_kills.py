@@ -6,13 +6,13 @@ import random
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dp_federated_lora import train
-from dp_federated_lora.errors import LedgerCorrupt, LedgerLocked, RunError
+from dp_federated_lora.errors import LedgerCorrupt, LedgerLocked
 from dp_federated_lora.lab.ledgers import ledgers_at
-from dp_federated_lora.network.runs import UNFINISHED
 from federation import adapter_bytes, networked
 from programs import SITES, Programs
 
@@ -35,14 +35,10 @@ def test_killed_programs_come_back_and_the_adapter_is_the_simulators(
         programs = Programs(config, tmp_path / "network", stack)
         programs.submit()
         kills, spent = 0, dict.fromkeys(SITES, 0)
-        while True:
-            try:
-                status = programs.status()
-            except RunError:
-                continue
-            if status["state"] not in UNFINISHED:
-                break
-            if status["state"] == "running" and kills < KILLS:
+
+        def kill_and_look(found: dict[str, Any]) -> None:
+            nonlocal kills
+            if found["state"] == "running" and kills < KILLS:
                 victim = draw.choice(victims)
                 time.sleep(draw.uniform(0.0, LONGEST))
                 programs.kill(victim)
@@ -53,6 +49,8 @@ def test_killed_programs_come_back_and_the_adapter_is_the_simulators(
                     charges = programs.charges(name)
                     assert charges >= spent[name]
                     spent[name] = charges
+
+        status = programs.end_of_run(kill_and_look)
     assert (status["state"], status["reason"]) == ("finished", "")
     print(f"\n{kills} kills")
     assert kills > 0

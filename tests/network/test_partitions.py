@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from dp_federated_lora import train
-from dp_federated_lora.network.runs import UNFINISHED
 from federation import adapter_bytes, networked
 from programs import SITES, Programs
 
@@ -56,10 +55,7 @@ def run_behind(space: str, raw: Raw, folder: Path, sites: list[str], meanwhile: 
         within = {name: ["ip", "netns", "exec", space] for name in sites}
         programs = Programs(config, folder / "network", stack, host=HERE, within=within)
         programs.submit()
-        while (status := programs.status())["state"] in UNFINISHED:
-            if status["state"] == "running":
-                meanwhile()
-            time.sleep(0.2)
+        status = programs.end_of_run(lambda found: meanwhile() if found["state"] == "running" else None)
     assert (status["state"], status["reason"]) == ("finished", "")
     assert [programs.charges(name) for name in SITES] == [12] * len(SITES)
     assert adapter_bytes(programs.run) == expected
