@@ -137,6 +137,16 @@ class Programs:
         """The run's directory at the coordinator."""
         return self.folder / "coordinator" / "runs" / "demo"
 
+    @property
+    def rounds(self) -> int:
+        """Published rounds, as the coordinator's folder has them."""
+        file = self.run / "metrics.jsonl"
+        return len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0
+
+    def wait_for(self, rounds: int) -> None:
+        while self.rounds < rounds:
+            time.sleep(0.01)
+
     def charges(self, site: str) -> int:
         """Of the run, in the site's own ledger."""
         (ledger,) = ledgers_at(str(self.folder / site / "state" / "runs" / "demo" / "ledger.sqlite"))

@@ -19,17 +19,6 @@ Raw = dict[str, dict[str, object]]
 ROUNDS = 30
 
 
-def rounds_of(programs: Programs) -> int:
-    """Published rounds, as the coordinator's folder has them."""
-    file = programs.run / "metrics.jsonl"
-    return len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0
-
-
-def wait_for(programs: Programs, rounds: int) -> None:
-    while rounds_of(programs) < rounds:
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("victim", ["coordinator", "broker"])
@@ -39,10 +28,10 @@ def test_another_one_takes_over(raw_config: Raw, tmp_path: Path, victim: str):
     with ExitStack() as stack:
         programs = Programs(config, tmp_path / "network", stack, brokers=3, coordinators=2)
         programs.submit()
-        wait_for(programs, 5)
-        before, start = rounds_of(programs), time.monotonic()
+        programs.wait_for(5)
+        before, start = programs.rounds, time.monotonic()
         programs.kill(victim)
-        wait_for(programs, before + 1)
+        programs.wait_for(before + 1)
         print(f"\n{victim} killed: the next round after {time.monotonic() - start:.2f} s")
         status = programs.end_of_run()
     assert (status["state"], status["reason"], status["round"]) == ("finished", "", ROUNDS)

@@ -6,7 +6,6 @@ import random
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +18,6 @@ from programs import SITES, Programs
 Raw = dict[str, dict[str, object]]
 KILLS = 25  # a case; each kind of victim dies a hundred times in its four
 ROUNDS = 150
-LONGEST = 6.0  # seconds between two deaths: a program that starts has time for some rounds, or for none
 
 
 @pytest.mark.slow
@@ -34,26 +32,21 @@ def test_killed_programs_come_back_and_the_adapter_is_the_simulators(
     with ExitStack() as stack:
         programs = Programs(config, tmp_path / "network", stack)
         programs.submit()
-        kills, spent = 0, dict.fromkeys(SITES, 0)
-
-        def kill_and_look(found: dict[str, Any]) -> None:
-            nonlocal kills
-            if found["state"] == "running" and kills < KILLS:
-                victim = draw.choice(victims)
-                time.sleep(draw.uniform(0.0, LONGEST))
-                programs.kill(victim)
-                programs.start(victim)
-                kills += 1
+        spent = dict.fromkeys(SITES, 0)
+        for _ in range(KILLS):
+            programs.wait_for(programs.rounds + draw.randrange(4))  # at none, while a program starts
+            time.sleep(draw.uniform(0.0, 0.5))
+            victim = draw.choice(victims)
+            programs.kill(victim)
+            programs.start(victim)
             for name in SITES:
                 with suppress(LedgerCorrupt, LedgerLocked):  # it may be just beginning, or be written to
                     charges = programs.charges(name)
                     assert charges >= spent[name]
                     spent[name] = charges
-
-        status = programs.end_of_run(kill_and_look)
+        assert programs.rounds < ROUNDS, "the run was over before the last death"
+        status = programs.end_of_run()
     assert (status["state"], status["reason"]) == ("finished", "")
-    print(f"\n{kills} kills")
-    assert kills > 0
     (ledger,) = ledgers_at(str(programs.run))
     assert (ledger.spent().charges, ledger.spent().released) == (ROUNDS, ROUNDS)
     assert [programs.charges(name) for name in SITES] == [ROUNDS] * len(SITES)
