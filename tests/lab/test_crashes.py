@@ -109,6 +109,7 @@ print(unfinished)
 def killed_anywhere(raw: Raw, folder: Path, points: int) -> int:
     """Number of runs that were interrupted before their last noise, of `points`."""
     raw["privacy"]["allow_weak_privacy"] = True
+    raw["run"]["device"] = "cpu"  # forked processes cannot use a GPU
     raw["ledger"] = {"database": str(folder / "lifetime.sqlite"), "data_set": "mail", "epsilon": 1e6}
     (folder / "config.toml").write_text(parse_config(raw, where="test").to_toml(), encoding="utf-8")
     command = [sys.executable, "-c", KILLED_ANYWHERE, str(folder / "config.toml"), str(folder), str(points)]

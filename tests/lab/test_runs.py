@@ -142,7 +142,7 @@ def test_a_head_that_starts_from_label_names_knows_the_names_before_it_has_seen_
     raw_config["training"]["head_start"] = "labels"
     bench = Workbench.of(parse_config(raw_config, where="test"))
     names, weight = bench.config.data.labels, bench.model.state()["head.weight"]
-    batch = bench.tokenizer(list(names), padding=True, return_tensors="pt")
+    batch = bench.tokenizer(list(names), padding=True, return_tensors="pt").to(bench.model.device)
     with torch.no_grad():
         assert bench.model.module(batch["input_ids"], batch["attention_mask"]).argmax(dim=1).tolist() == [0, 1, 2]
     assert torch.allclose(weight.sum(dim=0), torch.zeros(weight.shape[1]), atol=1e-4)  # no class is favoured on average
@@ -228,7 +228,7 @@ POINTS = ("key", "reserve", "release", "before-checkpoint", "after-checkpoint", 
 
 @pytest.mark.timeout(900)  # eight runs, seven of them in processes that die
 def test_a_run_killed_at_any_step_resumes_to_the_same_adapter_and_never_to_a_smaller_epsilon(raw_config: Raw, tmp_path: Path):
-    config = configured(raw_config, insecure_seed=11)
+    config = configured(raw_config, insecure_seed=11, device="cpu")  # forked processes cannot use a GPU
     undisturbed = train(config, out=tmp_path / "whole")
     (tmp_path / "c.toml").write_text(config.to_toml(), encoding="utf-8")
     command = [sys.executable, "-c", CRASH, str(tmp_path / "c.toml"), str(tmp_path), *POINTS]

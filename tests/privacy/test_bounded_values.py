@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from devices import NEEDS_GPU
 from dp_federated_lora.errors import DuplicateContribution, PrivacyError
 from dp_federated_lora.privacy import Bounded, BoundedSum, UnitId, clip_examples, clip_to
 
@@ -56,6 +57,22 @@ def test_rows_are_clipped_one_by_one_and_summed():
     rows = torch.tensor([[3.0, 4.0], [0.3, 0.4], [float("nan"), 0.0]])
     total = clip_examples(rows, 1.0, [unit("a"), unit("b"), unit("c")])._value.double() / 2**22
     assert torch.allclose(total, torch.tensor([0.9, 1.2], dtype=torch.float64), atol=2**-20)
+
+
+@NEEDS_GPU
+def test_rows_on_a_gpu_are_clipped_as_on_the_cpu():
+    generator = torch.Generator().manual_seed(0)
+    sizes = [0.0, 1e-30, 1e-3, 1.0, 1e6, 3e37, float("inf"), float("nan")]
+    for size in sizes:
+        rows = size * torch.randn(50, 301, generator=generator)
+        for number, row in enumerate(rows):
+            (there,) = (clip_to(row.cuda(), 0.7, unit())._value.tolist(),)
+            assert sum(k * k for k in there) <= 4**22, (size, number)
+        units = [unit(str(number)) for number in range(len(rows))]
+        sums = [BoundedSum.merge([clip_examples(each, 0.7, units)], size=301, clip_norm=0.7) for each in (rows, rows.cuda())]
+        here, there = (each._value for each in sums)
+        assert int((here - there).abs().max()) <= len(rows)  # towards zero, by one at most for each row
+        assert bool(here.any()) == (0.0 < size < float("inf") and size > 1e-20)
 
 
 @given(st.integers(0, 5), norms)

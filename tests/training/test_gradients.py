@@ -3,6 +3,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
+from devices import DEVICES
 from dp_federated_lora.aggregation import FEDAVG
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import IncompatiblePlan
@@ -68,10 +69,12 @@ def some_examples(labelled: bool) -> Examples:
     return Examples(tokens, (0, 1, 2, 1) if labelled else None)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("make", [bert, llama, gpt2, vit, llava])
-def test_per_example_gradients_equal_a_loop_of_single_example_autograd(make):
+def test_per_example_gradients_equal_a_loop_of_single_example_autograd(make, device: str):
     with torch.random.fork_rng():
         model = make()
+    model.module.to(device)
     images = {vit: VIT_IMAGES, llava: LLAVA_IMAGES}.get(make)
     examples = some_images(images, model.task) if images else some_examples(model.task is Task.CLASSIFICATION)
     learner = Learner(model, pad_id=0, batch_tokens=1000, last_layers=None, images=images)

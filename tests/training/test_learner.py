@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from devices import DEVICES
 from dp_federated_lora.aggregation import FEDAVG, FFA, HEAD_ALONE
 from dp_federated_lora.data import Examples
 from dp_federated_lora.errors import DataError, ModelError, StorageError
@@ -14,11 +15,12 @@ from learners import bert, gpt2, learner_of, llama, llava, vit
 from vision import LLAVA_IMAGES
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("make", [bert, llama, gpt2, vit, llava])
-def test_the_cached_trunk_gives_the_same_losses_and_gradients_as_the_whole_model(make):
+def test_the_cached_trunk_gives_the_same_losses_and_gradients_as_the_whole_model(make, device: str):
     results = []
     for cached in (False, True):
-        learner, examples = learner_of(make, cached=cached)
+        learner, examples = learner_of(make, cached=cached, device=device)
         trained = list(learner.model.train_only(FEDAVG.factors).values())
         losses = learner.losses(examples, range(len(examples)))
         results.append((losses, torch.autograd.grad(losses.sum(), trained, materialize_grads=True)))

@@ -44,7 +44,7 @@ class Sketch:
         """S x of each row x: `(B, d)` to `(B, k)`, in round `number`."""
         if self.ratio == 1.0:
             return rows
-        buckets, signs = _drawn(self.seed, number, rows.shape[1], self.size(rows.shape[1]))
+        buckets, signs = (t.to(rows.device) for t in _drawn(self.seed, number, rows.shape[1], self.size(rows.shape[1])))
         return rows.new_zeros(len(rows), self.size(rows.shape[1])).index_add_(1, buckets, rows * signs)
 
     def decode(self, sent: Tensor, d: int, number: int) -> Tensor:

@@ -147,7 +147,7 @@ class Client:
 
     def clip(self, request: Request, rows: Tensor, units: Sequence[UnitId]) -> BoundedSum:
         """The sum of what units contribute, rows `(B, d)`: sketched, and clipped around the request's centre."""
-        centre = 0.0 if request.centre is None else request.centre
+        centre = 0.0 if request.centre is None else request.centre.to(rows.device)
         encoded = self.method.sketch.encode(rows - centre, request.round)
         return self.plan.clip(encoded, request.clip_norm, units, tier=self.tier, weight=request.weight)
 

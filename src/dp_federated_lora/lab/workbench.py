@@ -32,7 +32,7 @@ from dp_federated_lora.errors import AggregationError, ConfigError, Incompatible
 from dp_federated_lora.federated import Client, ClientMemory, Defence, Delays, Server, ServerState
 from dp_federated_lora.lab.config import Config
 from dp_federated_lora.lab.plans import participant_tiers
-from dp_federated_lora.lora import AdaptedModel, Classifier, Factor, Task, adapt, load_backbone, vision_of
+from dp_federated_lora.lora import AdaptedModel, Classifier, Factor, Task, adapt, compute_device, load_backbone, vision_of
 from dp_federated_lora.privacy import (
     PrivacyPlan,
 )
@@ -188,8 +188,8 @@ class Workbench:
         path = resolve(config.model.source, sha256=config.model.sha256)
         task = Task(config.model.task)
         method = linear_method(config)
-        dtype = getattr(torch, config.model.dtype)
-        backbone = load_backbone(path, task, dtype=dtype, quantization=config.model.quantization)
+        dtype, device = getattr(torch, config.model.dtype), compute_device(config.run.device)
+        backbone = load_backbone(path, task, dtype=dtype, quantization=config.model.quantization, device=device)
         images = ImageFormat.of(path, **vision_of(backbone, task)._asdict()) if config.data.image_column else None
         model = adapt(
             backbone,
@@ -214,7 +214,7 @@ class Workbench:
             keep_features=config.training.head_rounds > 0,
             images=images,
             cache=Path(config.run.cache) if config.run.cache else None,
-            threads=torch.get_num_threads(),
+            threads=torch.get_num_threads() if device.type == "cpu" else 1,
         )
         bench = cls(config, model, learner, method, tokenizer, images)
         bench.start_head()
@@ -345,7 +345,8 @@ def head_of_labels(model: AdaptedModel, tokenizer: Any, labels: Sequence[str]) -
     arXiv 1909.00161, baseline of label similarity).
     """
     classifier = cast(Classifier, model.module)
-    batch = tokenizer([re.sub(r"[\W_]+", " ", label).strip() or label for label in labels], padding=True, return_tensors="pt")
+    names = [re.sub(r"[\W_]+", " ", label).strip() or label for label in labels]
+    batch = tokenizer(names, padding=True, return_tensors="pt").to(model.device)
     features = classifier.features(batch["input_ids"], batch["attention_mask"])
     return LABEL_WEIGHT * (features - features.mean(dim=0))
 

@@ -1,7 +1,7 @@
 """Base models and their LoRA adapters."""
 
 from dp_federated_lora.lora.adapter import AdaptedModel, Factor, adapt, block_list, orthonormal
-from dp_federated_lora.lora.models import Classifier, Task, load_backbone, preload
+from dp_federated_lora.lora.models import Classifier, Task, compute_device, load_backbone, preload
 from dp_federated_lora.lora.vision import Vision, vision_of
 
 __all__ = (
@@ -12,6 +12,7 @@ __all__ = (
     "Vision",
     "adapt",
     "block_list",
+    "compute_device",
     "load_backbone",
     "orthonormal",
     "preload",

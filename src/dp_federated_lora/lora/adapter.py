@@ -90,9 +90,14 @@ class AdaptedModel:
             parameter.requires_grad_(Factor.of(name) in factors)
         return self.parameters(factors)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; adapters come and go as tensors of the CPU."""
+        return next(iter(self._parameters.values())).device
+
     def state(self) -> dict[str, Tensor]:
-        """Copies of all adapter tensors."""
-        return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        """Copies of all adapter tensors, on the CPU."""
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Set adapter tensors; names left out stay as they are.
@@ -121,7 +126,7 @@ class AdaptedModel:
             self._peft.save_pretrained(folder, state_dict=plain, safe_serialization=True, save_embedding_layers=False)
         finally:
             config.r, config.lora_alpha = rank, alpha
-        head = {n.removeprefix("head."): p.detach().clone() for n, p in self.parameters(frozenset((Factor.HEAD,))).items()}
+        head = {n.removeprefix("head."): t for n, t in self.state().items() if Factor.of(n) is Factor.HEAD}
         if head:
             save_file(head, folder / "head.safetensors")
         (folder / "README.md").write_text(_card(source, self.task, bool(head), more, note), encoding="utf-8")

@@ -29,9 +29,10 @@ def insert_cores(peft_model: nn.Module) -> None:
         if layer.fan_in_fan_out:  # GPT-2 keeps its weights transposed
             weight = weight.T
         rank = down.out_features
-        left, values, right = svds(weight.numpy(), k=rank, v0=np.ones(min(weight.shape)))
+        left, values, right = svds(weight.cpu().numpy(), k=rank, v0=np.ones(min(weight.shape)))
         order = np.argsort(-values)
-        core, basis = nn.Linear(rank, rank, bias=False), nn.Linear(rank, len(weight), bias=False)
+        core = nn.Linear(rank, rank, bias=False, device=weight.device)
+        basis = nn.Linear(rank, len(weight), bias=False, device=weight.device)
         nn.init.zeros_(core.weight)
         with torch.no_grad():
             basis.weight.copy_(torch.from_numpy(left[:, order].copy()))

@@ -22,7 +22,8 @@ def insert_increments(peft_model: nn.Module) -> None:
     for module in peft_model.modules():
         if getattr(module, "lora_B", None):
             layer: Any = module
-            increment = nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=torch.float32)
+            place = layer.get_base_layer().weight.device
+            increment = nn.Linear(layer.in_features, layer.out_features, bias=False, device=place, dtype=torch.float32)
             nn.init.zeros_(increment.weight)
             layer.add_module(INCREMENT, increment.requires_grad_(False))
             layer.register_forward_hook(_add)

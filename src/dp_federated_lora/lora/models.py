@@ -8,7 +8,7 @@ from enum import Enum
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from dp_federated_lora.errors import ModelError
 
 Pooling = Literal["mean", "last"]
 Quantization = Literal["4bit", "8bit"]
+
+_CPU: Final = torch.device("cpu")
 
 
 class Task(Enum):
@@ -33,8 +35,24 @@ class Task(Enum):
         return kinds.get(self, "AutoModel")
 
 
+def compute_device(wish: Literal["cpu", "cuda"] | None) -> torch.device:
+    """Where models compute: without a wish on the GPU where torch sees one.
+
+    Raises:
+        ModelError: if a GPU is wished for and torch sees none.
+    """
+    if wish == "cuda" and not torch.cuda.is_available():
+        raise ModelError(
+            f'[run] device = "cuda": torch {torch.__version__} sees no GPU here; install a CUDA build of torch and the driver, '
+            "or leave it out"
+        )
+    return torch.device("cuda" if wish != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def native_dtype() -> Literal["float32", "bfloat16"]:
-    """The frozen weights' fastest type here: bfloat16 on a CPU that multiplies it natively (AMX or AVX-512), else float32."""
+    """The frozen weights' fastest type here: bfloat16 where GPU or CPU (AMX, AVX-512) multiplies it natively, else float32."""
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     capabilities = torch.cpu.get_capabilities()
     return "bfloat16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "float32"
 
@@ -48,7 +66,12 @@ def preload() -> None:
 
 
 def load_backbone(
-    path: Path, task: Task, *, dtype: torch.dtype = torch.float32, quantization: Quantization | None = None
+    path: Path,
+    task: Task,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantization: Quantization | None = None,
+    device: torch.device = _CPU,
 ) -> nn.Module:
     """Load a transformers model from a directory or a `.gguf` file, frozen and without dropout.
 
@@ -57,6 +80,7 @@ def load_backbone(
         task: classification takes the bare encoder or decoder, language modelling the one with its output layer.
         dtype: of the frozen weights. Adapter, head, clipping and noise are float32 or finer whatever it is.
         quantization: of the frozen linear layers, which then compute in `dtype` (8bit: float16); the others keep `dtype`.
+        device: where the model computes.
 
     Raises:
         ModelError: if transformers cannot read it, or bitsandbytes cannot quantise it here.
@@ -77,7 +101,7 @@ def load_backbone(
     if quantization is not None:
         if gguf:
             raise ModelError(f"[model] quantization: {path} is quantised already; remove it, or give a transformers directory")
-        options = _quantised(quantization, dtype)
+        options = _quantised(quantization, dtype, device)
     # Reading GGUF draws a bar of its own that no setting turns off.
     quiet = redirect_stderr(StringIO()) if gguf else nullcontext()
     try:
@@ -93,11 +117,13 @@ def load_backbone(
         # bitsandbytes' packed 4-bit weights are for inference, and for layers in multiples of 64.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    if quantization is None:  # quantised layers are loaded where they compute
+        model.to(device)
     # eval() stays on during training: dropout would make the cached trunk wrong and DP runs do not need it.
     return model.eval().requires_grad_(False)
 
 
-def _quantised(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
+def _quantised(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Options that quantise while loading; 4bit is that of QLoRA (Dettmers et al. 2023, arXiv 2305.14314)."""
     if missing := [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]:
         raise ModelError(
@@ -113,7 +139,7 @@ def _quantised(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]
         config = kind(load_in_8bit=True)
     else:
         config = kind(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    return {"quantization_config": config, "device_map": {"": "cpu"}}
+    return {"quantization_config": config, "device_map": {"": device.type}}
 
 
 class Classifier(nn.Module):
@@ -133,7 +159,7 @@ class Classifier(nn.Module):
         self.backbone = backbone
         self.pooling = pooling
         hidden: Any = backbone.config
-        self.head = nn.Linear(int(hidden.hidden_size), classes)
+        self.head = nn.Linear(int(hidden.hidden_size), classes, device=next(backbone.parameters()).device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -145,7 +171,7 @@ class Classifier(nn.Module):
             states = self.backbone(pixel_values=pixel_values).last_hidden_state
         states = states.to(self.head.weight.dtype)  # frozen weights may be coarser than the head
         if self.pooling == "last":
-            pooled = states[torch.arange(len(states)), attention_mask.sum(dim=1) - 1]
+            pooled = states[torch.arange(len(states), device=states.device), attention_mask.sum(dim=1) - 1]
         else:
             mask = attention_mask[..., None].to(states.dtype)
             pooled = (states * mask).sum(dim=1) / mask.sum(dim=1)

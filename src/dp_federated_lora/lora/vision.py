@@ -43,7 +43,7 @@ def vision_of(backbone: nn.Module, task: Task) -> Vision:
         raise ModelError(f"[model] source: a model of type {config.model_type!r} takes no images; remove data.image_column")
     height, width = (size, size) if isinstance(size, int) else size
     channels = getattr(vision, "num_channels", 3)
-    empty = torch.zeros(1, channels, height, width, dtype=model.dtype)
+    empty = torch.zeros(1, channels, height, width, dtype=model.dtype, device=model.device)
     try:
         if task is Task.IMAGE_TEXT:
             token, states = config.image_token_id, torch.stack(list(model.get_image_features(pixel_values=empty).pooler_output))

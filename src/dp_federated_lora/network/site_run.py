@@ -232,7 +232,7 @@ def software() -> str:
 
 def _own(config: Config, facts: SiteFacts) -> Config:
     """The configuration without what would touch this machine's files or cores by somebody else's word."""
-    run = config.run.model_copy(update={"out": str(facts.folder), "cache": None, "threads": facts.threads})
+    run = config.run.model_copy(update={"out": str(facts.folder), "cache": None, "device": None, "threads": facts.threads})
     return config.model_copy(update={"run": run, "ledger": None})
 
 

@@ -118,8 +118,9 @@ class BoundedSum(_Sealed):
                     f"unit {sorted(seen & units)[0]!r} appears twice in one sum; its influence would exceed the clip norm"
                 )
             seen |= units
+            total = total.to(value.device)  # on a GPU for as long as what was clipped there comes in
             total += value
-        return cls(_SEAL, total, clip_norm, frozenset(seen))
+        return cls(_SEAL, total.cpu(), clip_norm, frozenset(seen))
 
 
 def seal(value: Tensor, clip_norm: float, unit_id: UnitId) -> Bounded:

@@ -22,6 +22,9 @@ from dp_federated_lora.privacy.bounded import LATTICE_BITS, Bounded, BoundedSum,
 
 _SQUARED_BOUND: Final = 4**LATTICE_BITS
 
+_BLOCK: Final = 2**24
+"""Numbers that are clipped at a time on a GPU."""
+
 
 def resolution(clip_norm: float) -> float:
     """Distance of neighbouring lattice points, C / 2^22.
@@ -42,14 +45,14 @@ def clip_to(vector: Tensor, clip_norm: float, unit_id: UnitId) -> Bounded:
     """
     if vector.ndim != 1:
         raise PrivacyError(f"a contribution is one flat vector, got shape {tuple(vector.shape)}")
-    return seal(_to_lattice(vector, clip_norm).to(torch.int64), clip_norm, unit_id)
+    return seal(_to_lattice(vector, clip_norm).to("cpu", torch.int64), clip_norm, unit_id)
 
 
 def clip_examples(rows: Tensor, clip_norm: float, units: Sequence[UnitId], *, share: float = 1.0) -> BoundedSum:
     """Clip every row of `rows` `(B, d)`, one per unit, to `share` of the clip norm, and sum them.
 
     Args:
-        rows: one per unit.
+        rows: one per unit; they are clipped and summed where they are, on a CPU or a GPU; `BoundedSum.merge` brings it here.
         clip_norm: of the whole sum; sets the lattice.
         units: distinct.
         share: in (0, 1]; below 1 for units that pay less than others.
@@ -65,9 +68,13 @@ def clip_examples(rows: Tensor, clip_norm: float, units: Sequence[UnitId], *, sh
             f"{tuple(rows.shape)} rows for {len(units)} units of which {len(distinct)} are distinct: "
             "each unit gives exactly one row"
         )
-    total = torch.zeros(rows.shape[1], dtype=torch.float64)
-    for row in rows:  # one at a time, in place: many times faster than all at once, whose temporaries have B d numbers each
-        total += _to_lattice(row, clip_norm, share)  # exact below 2^31 units
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)  # exact below 2^31 units
+    if rows.device.type == "cpu":
+        for row in rows:  # one at a time, in place: many times faster than all at once, whose temporaries leave the caches
+            total += _to_lattice(row, clip_norm, share)
+    else:
+        for block in torch.split(rows, max(1, _BLOCK // max(1, rows.shape[1]))):
+            total += _to_lattice(block, clip_norm, share).sum(dim=0)
     return seal_sum(total.to(torch.int64), clip_norm, distinct)
 
 
@@ -133,20 +140,20 @@ class AdaptiveClip:
         return clip_norm * math.exp(-self.learning_rate * (unclipped - self.quantile))
 
 
-def _to_lattice(row: Tensor, clip_norm: float, share: float = 1.0) -> Tensor:
-    """Integers `(d,)` as float64: `row` scaled to norm <= share 2^22, rounded towards zero, verified exactly.
+def _to_lattice(rows: Tensor, clip_norm: float, share: float = 1.0) -> Tensor:
+    """Integers as float64: rows `(d,)` or `(B, d)` each scaled to norm <= share 2^22, rounded towards zero, verified exactly.
 
-    Float64 holds integers below 2^53. A computed sum of squares of integers is out by less than a factor of two, so one that is
-    at most 2^44 had terms and partial sums below 2^53, and is exact.
+    Float64 holds integers below 2^53. A computed sum of squares of integers is out by less than a factor of two, whatever the
+    order of its terms, so one that is at most 2^44 had terms and partial sums below 2^53, and is exact.
     """
-    values = row.detach().to(torch.float64, copy=True)  # squares of float32 values overflow float32 from 1e19 on
-    norm, bound = float(torch.linalg.vector_norm(values)), share * clip_norm
-    scale = (bound / norm if norm > bound else 1.0) / resolution(clip_norm)
-    lattice = values.mul_(scale).trunc_()
-    squared = float(lattice.dot(lattice))
-    if not (math.isfinite(norm) and math.isfinite(squared)):  # as both are if and only if every coordinate is
-        return torch.zeros_like(lattice)
-    if squared > math.floor(Fraction(share) ** 2 * _SQUARED_BOUND):
+    values = rows.detach().to(torch.float64, copy=True)  # squares of float32 values overflow float32 from 1e19 on
+    norms, bound = torch.linalg.vector_norm(values, dim=-1, keepdim=values.ndim > 1), share * clip_norm
+    # An infinite coordinate times a scale of zero is NaN, as is all of a row with a NaN: its sum of squares tells.
+    lattice = values.mul_((bound / norms).clamp_(max=1.0).div_(resolution(clip_norm))).trunc_()
+    squared = torch.linalg.vecdot(lattice, lattice)[..., None]
+    limit = math.floor(Fraction(share) ** 2 * _SQUARED_BOUND)
+    if not bool((squared <= limit).all()):
         # Rounding of the scale can leave an excess of parts in 1e16; one lattice step off every coordinate removes it.
-        lattice -= lattice.sign()
+        lattice -= lattice.sign() * (squared > limit)
+        lattice.masked_fill_(squared.isnan(), 0.0)
     return lattice

@@ -44,18 +44,21 @@ def local_updates(
         corrections: of each client, added to its gradients by name; nothing for names left out, none at all if empty.
 
     Returns:
-        For each client the change `(d,)` and the trained parameters by name.
+        For each client the change `(d,)` and the trained parameters by name, on the CPU.
     """
     layout = Layout.of({name: starts[0][name] for name in trained})
     own = [n for n in starts[0] if n in trained or any(not torch.equal(start[n], starts[0][n]) for start in starts)]
     after = [{name: start[name].clone() for name in trained} for start in starts]
     if busy := [number for number, each in enumerate(examples) if len(each)]:
-        stacks = {name: nn.Parameter(torch.stack([starts[number][name] for number in busy]), name in trained) for name in own}
-        added = {name: torch.stack([corrections[n][name] for n in busy]) for name in (corrections[0] if corrections else ())}
+        there = learner.model.device
+        stacks = {name: nn.Parameter(torch.stack([starts[n][name] for n in busy]).to(there), name in trained) for name in own}
+        corrected = corrections[0] if corrections else ()
+        added = {name: torch.stack([corrections[n][name] for n in busy]).to(there) for name in corrected}
         draws = [(examples[number], generators[number]) for number in busy]
         _take_steps(learner, stacks, draws, local, turns=turns or [trained], added=added)
+        ends = {name: stacks[name].detach().cpu() for name in trained}
         for place, number in enumerate(busy):
-            after[number] = {name: stacks[name].detach()[place].clone() for name in trained}
+            after[number] = {name: end[place].clone() for name, end in ends.items()}
     return [
         (layout.flatten(end) - layout.flatten({name: start[name] for name in trained}), end)
         for start, end in zip(starts, after, strict=True)
@@ -79,8 +82,9 @@ def _take_steps(
         turn = {name: stack for name, stack in trained.items() if name in turns[step % len(turns)]}
         chosen = [torch.randperm(len(own), generator=stream)[: local.batch_size].tolist() for own, stream in draws]
         together = Examples.joined([(own, picked) for (own, _), picked in zip(draws, chosen, strict=True)])
-        owners = torch.tensor([place for place, picked in enumerate(chosen) for _ in picked])
-        shares = torch.tensor([1.0 / len(picked) for picked in chosen], dtype=torch.float64)[owners]
+        there = learner.model.device
+        owners = torch.tensor([place for place, picked in enumerate(chosen) for _ in picked], device=there)
+        shares = torch.tensor([1.0 / len(picked) for picked in chosen], dtype=torch.float64, device=there)[owners]
         gradients = {name: local.proximal * (stack.detach() - begin[name]) for name, stack in turn.items()}
         for name in added.keys() & gradients.keys():
             gradients[name] += added[name]

@@ -55,17 +55,17 @@ def _token_losses(examples: Examples, learner: Learner, batch: Sequence[int]) ->
 
 @torch.no_grad()
 def _classes(examples: Examples, learner: Learner, batch: Sequence[int]) -> torch.Tensor:
-    return learner.logits(examples, batch)[0].argmax(dim=1)
+    return learner.logits(examples, batch)[0].argmax(dim=1).cpu()
 
 
 @torch.no_grad()
 def _scores(examples: Examples, learner: Learner, batch: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     logits, ids, mask = learner.logits(examples, batch)
-    losses = losses_of(examples, batch, logits, ids, mask).float()
+    losses = losses_of(examples, batch, logits, ids, mask).float().cpu()
     if examples.labels is not None:
-        return (logits.argmax(dim=1) == torch.tensor([examples.labels[i] for i in batch])).float(), losses
+        return (logits.argmax(dim=1).cpu() == torch.tensor([examples.labels[i] for i in batch])).float(), losses
     right = (logits[:, :-1].argmax(dim=2) == ids[:, 1:]) * mask[:, 1:]
-    return right.sum(dim=1) / mask[:, 1:].sum(dim=1), losses
+    return (right.sum(dim=1) / mask[:, 1:].sum(dim=1)).cpu(), losses
 
 
 def macro_f1(labels: torch.Tensor, predicted: torch.Tensor) -> float:

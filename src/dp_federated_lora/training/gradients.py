@@ -60,7 +60,7 @@ class ExampleGradients:
                 f"per-example gradients exist for nn.Linear layers only; {sorted(names.values())} belong to others: "
                 "choose other lora.targets"
             )
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._anchor = torch.zeros((), device=next(iter(trained.values())).device, requires_grad=True)
         self._count = 0
         self._parts: dict[str, Tensor] = {}
         self._undo = ExitStack()

@@ -89,7 +89,7 @@ def fingerprint(tensors: Mapping[str, Tensor], *facts: object) -> str:
     digest = hashlib.sha256(repr((torch.__version__, version("transformers"), *facts)).encode())
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -34,7 +34,7 @@ R = TypeVar("R")
 
 @final
 class Learner:
-    """Runs examples through an adapted model in length-bucketed batches.
+    """Runs examples through an adapted model in length-bucketed batches, where the model computes.
 
     Args:
         model: the adapted model; its parameters may be exchanged between calls.
@@ -167,11 +167,11 @@ class Learner:
         if self._trunk:
             states = self._trunk.record(partial(self._forward, inputs))
             start = self._trunk.replay(states)
-            own = [state[: len(examples.tokens[index])] for state, index in zip(states, batch, strict=True)]
+            own = [state[: len(examples.tokens[index])] for state, index in zip(states.cpu(), batch, strict=True)]
         if not self._keep_features:
             return own, None
         with torch.no_grad(), start:
-            return own, self._classifier.features(**inputs)
+            return own, self._classifier.features(**inputs).cpu()
 
     @cached_property
     def _key(self) -> str:
@@ -184,6 +184,8 @@ class Learner:
         if self._keep_features:
             tensors |= self._factors_of_features
             facts.append(self._classifier.pooling)
+        if self.model.device.type != "cpu":
+            facts.append(self.model.device.type)  # whose numbers are rounded in another way
         return fingerprint(tensors, *facts)
 
     def logits(self, examples: Examples, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,14 +195,15 @@ class Learner:
         if self._images is not None:
             mask = mask * (ids != self._images.token)
         if self._features_serve(contents):
-            return self._classifier.head(torch.stack([self._kept.features[content] for content in contents])), ids, mask
+            features = torch.stack([self._kept.features[content] for content in contents])
+            return self._classifier.head(features.to(self.model.device)), ids, mask
         states = [self._kept.states.get(content) for content in contents]
         known = [state for state in states if state is not None]
         if self._trunk is None or len(known) < len(contents):
             return self._forward(inputs), ids, mask
         if self.model.task is Task.IMAGE_TEXT:
             del inputs["pixel_values"]  # what the image became is in the stored states
-        with self._trunk.replay(nn.utils.rnn.pad_sequence(known, batch_first=True)):
+        with self._trunk.replay(nn.utils.rnn.pad_sequence(known, batch_first=True).to(self.model.device)):
             return self._forward(inputs), ids, mask
 
     def losses(self, examples: Examples, indices: Sequence[int]) -> Tensor:
@@ -224,7 +227,7 @@ class Learner:
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self._images is not None:
             inputs["pixel_values"] = self._images.pixels([examples.images[i] for i in indices])
-        return inputs
+        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 
     def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
         output: Any = self.model.module(**inputs)
@@ -235,7 +238,8 @@ class Learner:
 def losses_of(examples: Examples, indices: Sequence[int], logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Loss of each example `(B,)` as `Learner.losses`, from what `Learner.logits` gave for these `indices`."""
     if examples.labels is not None:
-        return cross_entropy(logits, torch.tensor([examples.labels[i] for i in indices]), reduction="none")
+        labels = torch.tensor([examples.labels[i] for i in indices], device=logits.device)
+        return cross_entropy(logits, labels, reduction="none")
     tokens = cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")  # (B, T - 1)
     weight = mask[:, 1:]
     return (tokens * weight).sum(dim=1) / weight.sum(dim=1)

@@ -77,7 +77,7 @@ def local_update(
     turns: Sequence[Mapping[str, nn.Parameter]] = (),
     correction: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Change `(d,)` of the trained parameters after local steps; zero for a client without examples.
+    """Change `(d,)` of the trained parameters after local steps, on the CPU; zero for a client without examples.
 
     The parameters are left changed: the caller loads the global adapter before each use.
 
@@ -99,7 +99,7 @@ def local_update(
         gradients = {name: local.proximal * (p.detach() - start[name]) for name, p in turn.items()}
         for name, term in (correction or {}).items():
             if name in gradients:
-                gradients[name].add_(term)
+                gradients[name].add_(term.to(learner.model.device))
         for batch in learner.batches(examples, chosen):
             loss = learner.losses(examples, batch).sum() / len(chosen)
             parts = torch.autograd.grad(loss, list(turn.values()), materialize_grads=True)
@@ -110,7 +110,7 @@ def local_update(
             parameter.grad = gradients[name]
         optimizer.step()
     optimizer.zero_grad()
-    return layout.flatten({name: p.detach() for name, p in trained.items()}) - layout.flatten(start)
+    return (layout.flatten({name: p.detach() for name, p in trained.items()}) - layout.flatten(start)).cpu()
 
 
 def example_gradients(
@@ -122,6 +122,8 @@ def example_gradients(
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, list[UnitId]]]:
     """NEGATIVE gradients `(B, d)` of all `examples`, steps like local updates, batch by batch with their units.
+
+    They stay where the model computes until they are clipped: what is left then is B times smaller.
 
     Args:
         learner: the model at the global adapter.

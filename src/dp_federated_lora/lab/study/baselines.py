@@ -97,7 +97,7 @@ def frozen_features(bench: Workbench, examples: Examples) -> tuple[Tensor, Tenso
     handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     for batch in bench.learner.batches(examples, range(len(examples))):
         bench.learner.logits(examples, batch)
-        rows[batch] = torch.nn.functional.pad(seen.pop(), (0, 1), value=1.0)
+        rows[batch] = torch.nn.functional.pad(seen.pop().cpu(), (0, 1), value=1.0)
     handle.remove()
     return rows, torch.tensor(examples.labels)
 
