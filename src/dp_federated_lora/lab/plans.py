@@ -34,7 +34,7 @@ def privacy_plan(config: Config) -> PrivacyPlan:
         rounds=privacy.rounds,
         clip_norm=privacy.clip_norm,
         adaptive_clip=_adaptive_clip(config),
-        evaluation=_private_evaluation(config),
+        evaluation=private_evaluation(config),
         groups=_groups(config),
         correlation=_correlation(config),
         shares=_noise_shares(config),
@@ -59,7 +59,8 @@ def participant_tiers(config: Config) -> list[int]:
     return [number for number, group in enumerate(groups) for _ in range(group.clients)] or [0] * config.federation.clients
 
 
-def _private_evaluation(config: Config) -> PrivateEvaluation | None:
+def private_evaluation(config: Config) -> PrivateEvaluation | None:
+    """Scores on held-out data with the noise that [evaluation] pays for; None without it."""
     section, privacy = config.evaluation, config.privacy
     if section is None:
         return None

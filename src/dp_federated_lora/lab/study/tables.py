@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Final, final
 
 import torch
+from scipy.stats import norm as normal
 from scipy.stats import t as student
 
 from dp_federated_lora.errors import ConfigError
+from dp_federated_lora.lab.plans import private_evaluation
 from dp_federated_lora.lab.study.grid import Cell
 from dp_federated_lora.lab.study.runner import RESULTS
 
@@ -45,12 +47,22 @@ class Row:
         return ", ".join([str(method), *(f"{key.rpartition('.')[2]} {value}" for key, value in varied.items())])
 
     def interval(self, score: str) -> tuple[float, float]:
-        """Mean of a score, and half the width of its 95 % interval (Student's t over repeats); nan for one repeat."""
+        """Mean of a score, and half the width of its 95 % interval (Student's t over repeats; of one, by its own noise or nan)."""
         values = [result["scores"][score] for result in self.results]
         if len(values) < 2:
-            return values[0], math.nan
+            return values[0], self._noise(score)
         width = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
         return statistics.mean(values), width
+
+    def _noise(self, score: str) -> float:
+        """Half the width of a 95 % interval by the noise of a private evaluation alone, to first order; nan without one."""
+        evaluation = None if self.cell.baseline else private_evaluation(self.cell.config)
+        if evaluation is None:
+            return math.nan
+        found = self.results[0]["scores"]
+        unit = evaluation.loss_cap if score == "loss" else 1.0  # what one unit adds at most to the sum
+        of_ratio = math.hypot(unit, found[score]) * evaluation.BOUND * evaluation.noise_multiplier / found["units"]
+        return float(normal.ppf(0.975)) * of_ratio
 
 
 def write_study(cells: Sequence[Cell], folder: Path, document: Path, *, command: str) -> None:
@@ -76,7 +88,8 @@ def write_study(cells: Sequence[Cell], folder: Path, document: Path, *, command:
         f"Written by `{command}`. Test scores in per cent: mean over repeats, and half the width of a 95 %",
         "interval (Student's t). Repeats differ in noise and samples; partition and frozen factors are those of one public seed.",
         "Epsilon is at delta = 1e-5. The probe takes the best of four learning rates on the test table.",
-        "Where no test data are public, scores are of what participants hold out: noised, or exact without privacy.",
+        "Where no test data are public, scores are of what participants hold out: noised, or exact without privacy; the interval",
+        "of a single noised score is that of its own noise.",
         *([f"{missing} of {len(found)} runs are not made yet: their rows are missing or have fewer repeats."] if missing else []),
     ]
     anchors = _anchors(cells, results)
