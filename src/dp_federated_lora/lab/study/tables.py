@@ -47,7 +47,7 @@ class Row:
         return ", ".join([str(method), *(f"{key.rpartition('.')[2]} {value}" for key, value in varied.items())])
 
     def interval(self, score: str) -> tuple[float, float]:
-        """Mean of a score, and half the width of its 95 % interval (Student's t over repeats; of one, by its own noise or nan)."""
+        """Mean of a score, and half the width of its 95 % interval (Student's t; of one repeat by its own noise, or nan)."""
         values = [result["scores"][score] for result in self.results]
         if len(values) < 2:
             return values[0], self._noise(score)
