@@ -28,28 +28,30 @@ RUN = "run-1"
 Raw = dict[str, dict[str, object]]
 
 
-def networked(raw: Raw, *, rounds: int = 3, **run: object) -> Config:
+def networked(raw: Raw, *, rounds: int = 3, trust: str = "distributed", **run: object) -> Config:
     """A configuration for five sites, whose noise a test can repeat."""
     raw["federation"] = {"clients": 5, "partition": "iid"}
-    raw["privacy"] |= {"trust": "distributed", "rounds": rounds}
-    raw["secure_sum"] = {"colluders": 0, "dropouts": 0.2}
+    raw["privacy"] |= {"trust": trust, "rounds": rounds}
+    if trust == "distributed":
+        raw["secure_sum"] = {"colluders": 0, "dropouts": 0.2}
     raw["run"] |= {"insecure_seed": 7, "threads": 1} | run
     return parse_config(raw, where="test")
 
 
 def a_policy(config: Config, **plan: object) -> SitePolicy:
     """One that lets `config` pass, with rules of [plan] changed."""
+    summed = config.privacy.trust == "distributed"
     rules: dict[str, object] = {
         "max_epsilon": 8.0,
         "max_delta": 1e-5,
         "min_noise_multiplier": 0.1,
         "min_participants": 3,
-        "min_opened": 2,
+        "min_opened": 2 if summed else 1,
         "units": ["example", "client"],
-        "trusts": ["distributed"],
-        "methods": ["ffa"],
+        "trusts": [config.privacy.trust],
+        "methods": [config.method.name],
         "models": [model_id(resolve(config.model.source))],
-        "secure_aggregation": True,
+        "secure_aggregation": summed,
         "allow_insecure_seed": True,
     }
     return SitePolicy.model_validate(

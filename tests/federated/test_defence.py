@@ -78,7 +78,7 @@ class Ten:
             units = [UnitId(f"{self.names[index]}/{i}") for i in range(EACH)]
             yield self.plan.clip(row.expand(EACH, -1), request.clip_norm, units)
 
-    def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
+    def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]], *, size: int) -> Iterator[Released]:
         for index, name in enumerate(self.names):
             permit, rng = sites[name]
             (total,) = self(request, [index], rng)

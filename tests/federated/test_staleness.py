@@ -63,7 +63,7 @@ class Targets:
         for index in clients:
             yield self._bounded(request, index)
 
-    def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
+    def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]], *, size: int) -> Iterator[Released]:
         self.calls.append((request, [NAMES.index(name) for name in sites]))
         for name, (permit, rng) in sites.items():
             yield self.plan.release(self._bounded(request, NAMES.index(name)), {}, permit=permit, rng=rng)[0]

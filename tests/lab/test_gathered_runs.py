@@ -152,8 +152,8 @@ def test_a_participant_that_does_not_report_is_not_counted_as_another(client_con
     bench, plan, clients, _ = bench_of(local(client_config, "hetlora"))
 
     class Losing(Simulator):  # type: ignore[misc]
-        def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
-            yield from list(super().reports(request, sites))[1:]
+        def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]], *, size: int) -> Iterator[Released]:
+            yield from list(super().reports(request, sites, size=size))[1:]
 
     server, state = Server.of(bench.model, plan, bench.method, Sgd(1.0))
     server = replace(server, ranks=participant_ranks(bench.config))

@@ -76,7 +76,7 @@ class Reporters:
         self.names = [f"c{i}" for i in range(100)]
         self.sent: list[Released] = []
 
-    def reports(self, request: Request, sites: Sites) -> Iterator[Released]:
+    def reports(self, request: Request, sites: Sites, *, size: int) -> Iterator[Released]:
         for name in self.names[: self.answering]:
             permit, rng = sites[name]
             chosen = self.plan.draw(range(1), rng.derive("sample"), number=request.round).tolist()

@@ -59,8 +59,8 @@ class Liars:
     def __call__(self, request: Request, clients: Sequence[int], rng: SecureRandom) -> Iterator[BoundedSum]:
         return self.inner(request, clients, rng)
 
-    def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]]) -> Iterator[Released]:
-        for name, each in zip(self.names, self.inner.reports(request, sites), strict=True):
+    def reports(self, request: Request, sites: Mapping[str, tuple[Permit, SecureRandom]], *, size: int) -> Iterator[Released]:
+        for name, each in zip(self.names, self.inner.reports(request, sites, size=size), strict=True):
             yield replace(each, value=each.value * math.nan) if name in self.liars else each
 
 

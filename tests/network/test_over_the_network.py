@@ -145,8 +145,9 @@ def test_a_site_that_runs_is_heard_of_without_a_run_and_one_that_does_not_is_not
     asyncio.run(scenario())
 
 
-def test_a_run_over_the_network_gives_the_simulators_adapter_to_the_bit(raw_config: Raw, tmp_path: Path):
-    config = networked(raw_config)
+@pytest.mark.parametrize("trust", ["distributed", "local"])
+def test_a_run_over_the_network_gives_the_simulators_adapter_to_the_bit(raw_config: Raw, tmp_path: Path, trust: str):
+    config = networked(raw_config, trust=trust)
     simulated = train(config, out=tmp_path / "simulated")
 
     async def scenario() -> None:
@@ -332,7 +333,7 @@ def test_who_may_not_submit_or_lies_about_a_run_is_refused_by_broker_coordinator
     asyncio.run(scenario())
 
 
-def test_a_run_without_secure_sums_or_for_another_number_of_sites_fails_with_the_reason(raw_config: Raw, tmp_path: Path):
+def test_a_run_without_noise_from_sites_or_for_another_number_of_sites_fails_with_the_reason(raw_config: Raw, tmp_path: Path):
     config = networked(raw_config)
 
     async def scenario() -> None:
@@ -345,7 +346,7 @@ def test_a_run_without_secure_sums_or_for_another_number_of_sites_fails_with_the
             raw_config["privacy"]["trust"] = "central"
             del raw_config["secure_sum"]
             federation.config = parse_config(raw_config, where="test")
-            with pytest.raises(RunError, match="secure sums alone"):
+            with pytest.raises(RunError, match="never leave a site"):
                 await federation.submit(run="second")
 
     asyncio.run(scenario())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from msgspec import structs
 
 from dp_federated_lora import train
@@ -18,6 +20,7 @@ from dp_federated_lora.errors import (
     LedgerCorrupt,
     LedgerKeyLost,
     PolicyRefused,
+    PrivacyError,
     SecureSumAborted,
 )
 from dp_federated_lora.federated import size_of, terms_of
@@ -25,20 +28,24 @@ from dp_federated_lora.lab.config import Config, parse_config
 from dp_federated_lora.lab.ledgers import ledgers_at
 from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.run import TrainResult
+from dp_federated_lora.monitoring.metrics import read_metrics
 from dp_federated_lora.network.messages import Answered, Asked, Failed, encode
 from dp_federated_lora.network.site_run import SiteRun
-from dp_federated_lora.runtime import decode_request, encode_request
+from dp_federated_lora.runtime import decode_request, encode_report, encode_request
 from dp_federated_lora.secagg import ServerSession
 from federation import RUN, LocalLink, Sites, a_policy, adapter_bytes, coordinate, exchange_of, networked
 
 Raw = dict[str, dict[str, object]]
 
 
+@pytest.mark.parametrize("trust", ["distributed", "local"])
 @pytest.mark.parametrize("unit", ["example", "client"])
-def test_simulator_and_sites_behind_a_link_give_the_same_adapter_to_the_bit(unit: str, request: pytest.FixtureRequest, tmp_path):
+def test_simulator_and_sites_behind_a_link_give_the_same_adapter_to_the_bit(
+    unit: str, trust: str, request: pytest.FixtureRequest, tmp_path: Path
+):
     raw = request.getfixturevalue("raw_config" if unit == "example" else "client_config")
     raw["evaluation"] = {"epsilon": 1.0, "every": 2, "holdout": 0.3}
-    config = networked(raw)
+    config = networked(raw, trust=trust)
     simulated = train(config, out=tmp_path / "simulated")
     sites = Sites(config, tmp_path / "sites")
     over_link = coordinate(config, sites, LocalLink(sites), tmp_path / "linked")
@@ -47,7 +54,7 @@ def test_simulator_and_sites_behind_a_link_give_the_same_adapter_to_the_bit(unit
     for name in sites.keys:
         (ledger,) = ledgers_at(str(tmp_path / "sites" / name / "runs" / "run-1" / "ledger.sqlite"))
         assert ledger.spent().charges == 4  # three rounds and one evaluation
-        assert ledger.spent().epsilon == over_link.epsilon
+        assert ledger.spent().epsilon == pytest.approx(over_link.epsilon, rel=1e-9)  # composed in another order
 
 
 # --- deaths and a link that loses, repeats and reorders ------------------------------------------------
@@ -316,18 +323,92 @@ def test_central_trust_and_a_policy_that_asks_for_more_noise_are_refused_with_th
     assert "99" in str(refused.value)
     raw_config["privacy"]["trust"] = "central"
     del raw_config["secure_sum"]
-    with pytest.raises(PolicyRefused, match='privacy.trust = "distributed"'):
+    with pytest.raises(PolicyRefused, match='privacy.trust = "distributed" or "local"'):
+        SiteRun(sites.facts("client-1"), sites.offered(config=parse_config(raw_config, where="test").to_toml()))
+    raw_config["privacy"]["trust"] = "local"
+    with pytest.raises(PolicyRefused, match=r"(?s)min_opened.*trusts.*secure_aggregation"):
         SiteRun(sites.facts("client-1"), sites.offered(config=parse_config(raw_config, where="test").to_toml()))
 
 
-def test_sums_without_noise_and_reports_are_not_asked_of_sites(raw_config: Raw, tmp_path: Path):
+def test_sums_without_noise_are_not_asked_of_sites(raw_config: Raw, tmp_path: Path):
     config = networked(raw_config)
     sites = Sites(config, tmp_path / "sites")
     exchange = exchange_of(config, sites, LocalLink(sites), tmp_path)
-    with pytest.raises(IncompatiblePlan, match="secure sums alone"):
+    with pytest.raises(IncompatiblePlan, match="never leave a site"):
         exchange(None, [0], None)  # type: ignore[arg-type]
-    with pytest.raises(IncompatiblePlan, match="secure sums alone"):
-        exchange.reports(None, {})  # type: ignore[arg-type]
+
+
+# --- reports of sites: trust = "local" ------------------------------------------------------------------
+
+
+@pytest.fixture
+def reporting(client_config: Raw, tmp_path: Path) -> tuple[Config, dict[str, bytes]]:
+    """A run in which every site adds noise of its own, and the adapter that it ends with undisturbed."""
+    config = networked(client_config, trust="local")
+    return config, dict(adapter_bytes(train(config, out=tmp_path / "undisturbed").path))
+
+
+def test_reports_that_are_lost_repeated_or_late_and_deaths_of_all_change_nothing(reporting, tmp_path: Path):
+    config, expected = reporting
+    chaos = Chaos(2)
+    sites = Sites(config, tmp_path / "sites")
+    chaos.link = link = LocalLink(sites, chaos)
+    for point in (2, 4, 7, 11, 13):
+        with suppress(Dead):
+            coordinate(config, sites, Killer(link, point), tmp_path / "out", deadline=3600.0)
+    result = coordinate(config, sites, link, tmp_path / "out", deadline=3600.0)
+    assert adapter_bytes(result.path) == expected
+    assert chaos.deaths > 0
+    assert [charges_of(tmp_path / "sites", name) for name in sites.keys] == [3] * 5
+
+
+def test_a_report_that_is_missing_or_misshapen_is_left_out_and_without_any_the_run_ends(reporting, tmp_path: Path):
+    config, expected = reporting
+    lost = {"client-3"}
+
+    def fault(site: str, message: Asked, answers: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+        wrong = encode(Answered(message.version, message.run, message.sum_id, 0, encode_report(torch.zeros(3))))
+        return [] if site in lost else [(site, wrong)] if site == "client-1" else answers
+
+    sites = Sites(config, tmp_path / "sites")
+    result = coordinate(config, sites, LocalLink(sites, fault), tmp_path / "out")
+    assert adapter_bytes(result.path) != expected
+    assert all(math.isfinite(row["update_norm"]) for row in read_metrics(tmp_path / "out" / "metrics.jsonl"))
+    assert "float64 numbers, not" in (tmp_path / "out" / "state" / "exchange.log").read_text()
+    lost |= set(sites.keys)
+    with pytest.raises(SecureSumAborted, match="no site reported"):
+        coordinate(config, Sites(config, tmp_path / "others"), LocalLink(sites, fault), tmp_path / "nothing")
+
+
+def test_a_method_that_combines_whole_adapters_trains_over_a_link_and_needs_all_of_them(client_config: Raw, tmp_path: Path):
+    client_config["method"] = {"name": "flora"}
+    client_config["privacy"]["sampling_rate"] = 1.0
+    config = networked(client_config, trust="local")
+    expected = adapter_bytes(train(config, out=tmp_path / "simulated").path)
+    sites, others = Sites(config, tmp_path / "sites"), Sites(config, tmp_path / "others")
+    assert adapter_bytes(coordinate(config, sites, LocalLink(sites), tmp_path / "out").path) == expected
+    link = LocalLink(others, lambda site, _, answers: [] if site == "client-2" else answers)
+    with pytest.raises(PrivacyError, match="4 reports of 5"):
+        coordinate(config, others, link, tmp_path / "short")
+
+
+def test_a_shuffler_that_is_not_there_is_refused(client_config: Raw, tmp_path: Path):
+    client_config["privacy"]["shuffler"] = True
+    config = networked(client_config, trust="local")
+    with pytest.raises(PolicyRefused, match=r"remove privacy\.shuffler"):
+        Sites(config, tmp_path / "sites")
+
+
+def test_a_report_has_one_step_one_answer_and_a_charge(reporting, tmp_path: Path):
+    config, _ = reporting
+    sites, seen = Sites(config, tmp_path / "sites"), list[Asked]()
+    coordinate(config, sites, LocalLink(sites, lambda _, message, answers: seen.append(message) or answers), tmp_path / "out")
+    first, run = seen[-5], sites.runs["client-0"]
+    assert run.answer(first) == run.answer(first)
+    assert "there is no step 1" in reason(run.answer(structs.replace(first, stage=1, request=b"")))
+    assert "begun with" in reason(run.answer(structs.replace(first, request=lying(first, clip_norm=2.0).request)))
+    assert "budget" in reason(run.answer(lying(first)))  # the same round again is another charge, which the plan does not have
+    assert charges_of(tmp_path / "sites", "client-0") == 3
 
 
 # --- ledgers at the site --------------------------------------------------------------------------------

@@ -53,5 +53,5 @@ def test_up_gives_the_simulators_adapter_and_leaves_whole_ledgers_and_logs(confi
     del raw_config["secure_sum"]
     config_file.write_text(parse_config(raw_config, where="test").to_toml())
     central = CliRunner().invoke(app, ["up", str(config_file), "--out", str(tmp_path / "central")])
-    assert "secure sums alone" in str(central.exception)
+    assert "never leave a site" in str(central.exception)
     assert not (tmp_path / "central").exists()

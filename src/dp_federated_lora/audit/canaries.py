@@ -152,9 +152,9 @@ class _WithCanaries:
                 rows = encode(torch.stack([self._vector(index, layout, request.clip_norm) for index in indices]))
                 yield plan.clip(rows, request.clip_norm, [UnitId(f"{AUDITOR}/{index}") for index in indices])
 
-    def reports(self, request: Request, sites: Sites) -> Iterator[Released]:
+    def reports(self, request: Request, sites: Sites, *, size: int) -> Iterator[Released]:
         """Replies of the inner exchange: `wrap` refuses plans under which canaries would report themselves."""
-        return self._inner.reports(request, sites)
+        return self._inner.reports(request, sites, size=size)
 
     def opened(self, request: Request, sites: Sites, members: Sequence[str], *, size: int) -> Tensor:
         """Secure sum of the inner exchange: refused like reports."""

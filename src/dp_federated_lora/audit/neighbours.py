@@ -125,10 +125,10 @@ class _Recorded:
         self._note(request)
         return self._inner(request, clients, rng)
 
-    def reports(self, request: Request, sites: Sites) -> Iterator[Released]:
+    def reports(self, request: Request, sites: Sites, *, size: int) -> Iterator[Released]:
         """Noised replies of the inner exchange."""
         self._note(request)
-        return self._inner.reports(request, sites)
+        return self._inner.reports(request, sites, size=size)
 
     def opened(self, request: Request, sites: Sites, members: Sequence[str], *, size: int) -> Tensor:
         """Secure sum of the inner exchange."""

@@ -245,7 +245,9 @@ def sites(kit: KitPath, as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: dpfl up examples/newswire-network.toml --out runs/network")
 def up(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help='A configuration with privacy.trust = "distributed".')],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help='A configuration with privacy.trust = "distributed" or "local".')
+    ],
     out: Annotated[Path, typer.Option(help="The new folder of this federation.")],
     as_json: AsJson = False,
 ) -> None:

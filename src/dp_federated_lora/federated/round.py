@@ -60,8 +60,14 @@ class Exchange(Protocol):
     def __call__(self, request: Request, clients: Sequence[int], rng: SecureRandom) -> Iterator[BoundedSum]:
         """Replies of the clients at these positions; a client that drops out is left out."""
 
-    def reports(self, request: Request, sites: Sites) -> Iterator[Released]:
-        """Replies of the clients named in `sites`, in that order, with noise of their own for that permit from that stream."""
+    def reports(self, request: Request, sites: Sites, *, size: int) -> Iterator[Released]:
+        """Replies `(size,)` of the clients named in `sites`, in order, with noise of their own for that permit from that stream.
+
+        A client that drops out, or whose reply has another shape, is left out.
+
+        Raises:
+            SecureSumAborted: if nobody replied.
+        """
 
     def opened(self, request: Request, sites: Sites, members: Sequence[str], *, size: int) -> Tensor:
         """The secure sum of some `members`, of `size` coordinates each, with a share of noise from each: integers `(d,)`.
@@ -339,7 +345,9 @@ class Server:
     ) -> Iterator[Released]:
         """What all participants send with noise of their own (trust = "local"), each `(size,)`, request by request."""
         names, sites = exchange.names, self._sites(permit, exchange, key)
-        replies = (exchange.reports(request, {names[i]: sites[names[i]] for i in clients}) for request, clients in requests)
+        replies = (
+            exchange.reports(request, {names[i]: sites[names[i]] for i in clients}, size=size) for request, clients in requests
+        )
         for reply in chain.from_iterable(replies):
             if reply.value.shape != (size,):
                 raise PrivacyError(f"a report of shape {tuple(reply.value.shape)} cannot enter a sum of {size} coordinates")

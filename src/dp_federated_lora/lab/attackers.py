@@ -139,7 +139,7 @@ class _Lying:
             if index in liars:
                 yield self._lie(request, index, rng.derive)
 
-    def reports(self, request: Request, sites: Sites) -> Iterator[Released]:
+    def reports(self, request: Request, sites: Sites, *, size: int) -> Iterator[Released]:
         """Noised replies: a liar's noise is as it should be, so that its report looks like the others."""
         for index, client in enumerate(self._inner.clients):
             permit, rng = sites[client.name]

@@ -33,7 +33,7 @@ from dp_federated_lora.network.offer import model_id
 from dp_federated_lora.network.parts import Assembly
 from dp_federated_lora.network.project import Member
 from dp_federated_lora.network.runs import UNFINISHED, RunRecord, RunTable, State
-from dp_federated_lora.network.site_run import software
+from dp_federated_lora.network.site_run import software, unfit_for_sites
 from dp_federated_lora.network.subjects import FROM_ADMINISTRATORS, VERBS, inbox_of, outbox_of
 from dp_federated_lora.network.submissions import require_submission
 
@@ -346,11 +346,8 @@ def require_networked(config: Config) -> None:
         RunError: if sites could not take part in it.
         IncompatiblePlan: if it has no plan.
     """
-    if config.privacy.trust != "distributed" or config.federation.dropout_rate or config.ledger:
-        raise RunError(
-            'sites take part in secure sums alone and keep their own ledgers: set privacy.trust = "distributed", and remove '
-            "federation.dropout_rate and [ledger]"
-        )
+    if reasons := unfit_for_sites(config):
+        raise RunError("; ".join(reasons))
     privacy_plan(config)
 
 

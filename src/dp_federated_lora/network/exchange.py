@@ -1,4 +1,4 @@
-"""The coordinator's side of secure sums: an `Exchange` whose participants are sites behind a link."""
+"""The coordinator's side of secure sums and of noised reports: an `Exchange` whose participants are sites behind a link."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, NoReturn, Protocol, final
+from typing import Final, Protocol, final
 
 import torch
 from torch import Tensor
 
 from dp_federated_lora.errors import IncompatiblePlan, MessageRefused, SecureSumAborted
-from dp_federated_lora.federated import Request, Sites, terms_of
+from dp_federated_lora.federated import Purpose, Request, Sites, terms_of
 from dp_federated_lora.files import write_durably
 from dp_federated_lora.monitoring.log import RunLog
 from dp_federated_lora.monitoring.prometheus import CoordinatorMetrics
 from dp_federated_lora.network.messages import VERSION, Answered, Asked, Failed, encode, from_site
 from dp_federated_lora.privacy import BoundedSum, PrivacyPlan, Released, SecureRandom
-from dp_federated_lora.runtime import encode_request
+from dp_federated_lora.runtime import decode_report, encode_request
 from dp_federated_lora.secagg import STAGES, ServerSession
 
 AT_A_TIME: Final = 64
@@ -43,7 +43,7 @@ class Link(Protocol):
 
 @final
 class SiteExchange:
-    """Secure sums of sites.
+    """Secure sums of sites, and reports of sites, which are asked for as sums of one step.
 
     A step of a sum ends when all have answered or at its deadline; the first, before which nothing is charged, waits until enough
     are there. Who was in each step is on disk before the next begins, so
@@ -90,22 +90,37 @@ class SiteExchange:
 
     def __call__(self, request: Request, clients: Sequence[int], rng: SecureRandom) -> Iterator[BoundedSum]:
         """Refused: sums without noise never leave a site."""
-        _refuse()
+        raise IncompatiblePlan('sums without noise never leave a site: submit privacy.trust = "distributed" or "local"')
 
-    def reports(self, request: Request, sites: Sites) -> Iterator[Released]:
-        """Refused: sites take part in secure sums alone."""
-        _refuse()
+    def reports(self, request: Request, sites: Sites, *, size: int) -> Iterator[Released]:
+        """Reports of sites, in the order of participants; each charges its own ledger, and draws its own noise."""
+        members = [name for name in self.names if name in sites]
+        sum_id, sent = self._begin(request, sites, members)
+        values: dict[str, Tensor] = {}
+
+        def take(name: str, body: bytes) -> None:
+            values[name] = decode_report(body, size=size)
+
+        def ask(_: str) -> bytes:
+            return encode(Asked(VERSION, self._run, sum_id, tuple(members), 0, sent, b""))
+
+        with self._metrics.sum_under_way(), self._metrics.step_under_way("report"):
+            self._step(sum_id, 0, members, ask=ask, take=take, enough=1)
+        if not values:
+            raise SecureSumAborted(f"no site reported{self._why}")
+        evaluation = self._plan.evaluation if request.purpose is Purpose.EVALUATION else None
+        source, bound = (evaluation, evaluation.BOUND) if evaluation else (self._plan, self._plan.sensitivity(request.clip_norm))
+        noise_std = source.mechanism.noise_multiplier * bound
+        for name in members:
+            if name in values:
+                yield Released(values[name], noise_std, sites[name][1].insecure)
 
     def opened(self, request: Request, sites: Sites, members: Sequence[str], *, size: int) -> Tensor:
         """A secure sum of sites; each charges its own ledger, and draws its own noise."""
-        streams = "".join(sites[name][1].commitment for name in members)
-        sum_id = hashlib.sha256(f"{self._run} {request.purpose.value} {streams}".encode()).hexdigest()
-        sent = encode_request(request)
+        sum_id, sent = self._begin(request, sites, members)
         roster = {name: self._roster[name] for name in members}
         terms = terms_of(request, self._plan, size=size, sum_id=sum_id, sent=sent, roster=roster)
         server, messages = ServerSession(terms), dict.fromkeys(members, b"")
-        self._reasons.clear()
-        self._begin(f"{request.round}-{request.purpose.value}")
         with self._metrics.sum_under_way():
             for stage in range(len(STAGES)):
 
@@ -115,15 +130,28 @@ class SiteExchange:
 
                 try:
                     with self._metrics.step_under_way(STAGES[stage]):
-                        self._step(server, sum_id, stage, list(messages), ask)
+                        self._step(sum_id, stage, list(messages), ask=ask, take=server.receive, enough=terms.min_cohort)
                     messages = server.advance()
                 except SecureSumAborted as error:
-                    reasons = "".join(f"; {name}: {reason}" for name, reason in self._reasons.items())
-                    raise SecureSumAborted(f"{error}{reasons}") from error
+                    raise SecureSumAborted(f"{error}{self._why}") from error
         return torch.from_numpy(server.total.integers.astype("int64"))
 
-    def _step(self, server: ServerSession, sum_id: str, stage: int, asked: Sequence[str], ask: Callable[[str], bytes]) -> None:
-        """Ask, and take answers until all that can come are there; then write down who answered."""
+    @property
+    def _why(self) -> str:
+        """Reasons of those who left the sum, to go after an error."""
+        return "".join(f"; {name}: {reason}" for name, reason in self._reasons.items())
+
+    def _step(
+        self,
+        sum_id: str,
+        stage: int,
+        asked: Sequence[str],
+        *,
+        ask: Callable[[str], bytes],
+        take: Callable[[str, bytes], None],
+        enough: int,
+    ) -> None:
+        """Ask, and `take` answers until all that can come are there; then write down who answered."""
         before = self._members_of(sum_id, stage)
         missing = set(asked) if before is None else set(before)
         answered: list[str] = []
@@ -141,10 +169,10 @@ class SiteExchange:
             try:
                 match from_site(data):
                     case Answered(run=self._run, sum_id=own, stage=which, body=body) if (own, which) == (sum_id, stage):
-                        server.receive(name, body)
+                        take(name, body)
                         answered.append(name)
                         missing.discard(name)
-                        if len(answered) == server.terms.min_cohort:  # the others get a step's time, and no more
+                        if len(answered) == enough:  # the others get a step's time, and no more
                             deadline = min(deadline, self._clock() + self._deadline)
                     case Failed(run=self._run, sum_id=own, stage=which, reason=reason) if (own, which) == (sum_id, stage):
                         self._log.warning("a site left a secure sum", site=name, reason=reason)
@@ -170,13 +198,19 @@ class SiteExchange:
     def _file(self, sum_id: str, stage: int) -> Path:
         return self._folder / self._part / f"{sum_id}-{stage}"
 
-    def _begin(self, part: str) -> None:
-        """Keep what is known of the sums of this part of the run, of which groups have one each, and forget the others."""
-        self._part = part
+    def _begin(self, request: Request, sites: Sites, members: Sequence[str]) -> tuple[str, bytes]:
+        """The id of a sum, and its request as bytes.
+
+        What is known of other sums of this part of the run stays, as groups have one each; of other parts it is forgotten.
+        """
+        self._reasons.clear()
+        self._part = part = f"{request.round}-{request.purpose.value}"
         (self._folder / part).mkdir(parents=True, exist_ok=True, mode=0o700)
         for other in self._folder.iterdir():
             if other.name != part:
                 shutil.rmtree(other)
+        streams = "".join(sites[name][1].commitment for name in members)
+        return hashlib.sha256(f"{self._run} {request.purpose.value} {streams}".encode()).hexdigest(), encode_request(request)
 
 
 @final
@@ -205,7 +239,3 @@ class _Turns:
     def over(self, name: str) -> None:
         """Nothing is due from `name` any more."""
         self._asked.pop(name, None)
-
-
-def _refuse() -> NoReturn:
-    raise IncompatiblePlan('sites take part in secure sums alone: submit a configuration with privacy.trust = "distributed"')

@@ -30,6 +30,7 @@ from dp_federated_lora.network.project import Project
 from dp_federated_lora.network.provisioning import provision
 from dp_federated_lora.network.runs import UNFINISHED
 from dp_federated_lora.network.submissions import sign_submission
+from dp_federated_lora.privacy import Trust
 
 ADMINISTRATOR: Final = "operator"
 DATA_SET: Final = "part"
@@ -44,7 +45,7 @@ def up(config: Config, folder: Path, *, on_status: Report = lambda _: None) -> d
     """Provision, start everything, submit `config`, follow the run to its end and stop everything.
 
     Args:
-        config: with privacy.trust = "distributed"; its training table is partitioned among sites.
+        config: with privacy.trust = "distributed" or "local"; its training table is partitioned among sites.
         folder: new; everything is kept there. The run directory is in coordinator/runs/demo.
         on_status: called with the run's status whenever it has changed.
 
@@ -137,7 +138,7 @@ def _policy(config: Config, offer: Offer) -> dict[str, Any]:
             "trusts": [plan.trust.value],
             "methods": [offer.method],
             "models": [offer.model],
-            "secure_aggregation": True,
+            "secure_aggregation": plan.trust is Trust.DISTRIBUTED,
             "allow_insecure_seed": offer.seeded,
         },
         "people": {"submit": [ADMINISTRATOR]},

@@ -9,12 +9,9 @@ from itertools import count
 from pathlib import Path
 from typing import Final, final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dp_federated_lora.data import read_table, resolve
 from dp_federated_lora.errors import DpflError, LedgerCorrupt, MessageRefused, PolicyRefused
-from dp_federated_lora.federated import ClientMemory, Purpose, Request, RoundKeyFile, noise_of, share, size_of, terms_of
+from dp_federated_lora.federated import ClientMemory, Purpose, Request, RoundKeyFile, report, share, size_of, terms_of
 from dp_federated_lora.lab.config import Config, parse_config_text
 from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.workbench import Workbench
@@ -24,8 +21,8 @@ from dp_federated_lora.network.messages import VERSION, Answered, Asked, Failed,
 from dp_federated_lora.network.offer import Offer, model_id
 from dp_federated_lora.network.policy import SitePolicy
 from dp_federated_lora.network.sums import SumFolder
-from dp_federated_lora.privacy import Ledger, SecureRandom
-from dp_federated_lora.runtime import decode_request
+from dp_federated_lora.privacy import Ledger, Permit, SecureRandom, Trust
+from dp_federated_lora.runtime import decode_request, encode_report
 from dp_federated_lora.secagg import STAGES, ClientSession, Terms
 from dp_federated_lora.signing import SigningKey
 
@@ -108,7 +105,7 @@ class SiteRun:
         self._tell_spent()
 
     def answer(self, message: Asked) -> Answered | Failed:
-        """The answer to one step of a secure sum; the same again if it is asked again.
+        """The answer to one step of a secure sum, or a report; the same again if it is asked again.
 
         Refusals and errors of this software are answered by their reason, which names public facts alone; anything else is a
         defect, whose text could hold data and stays here.
@@ -129,18 +126,29 @@ class SiteRun:
             return known
         sent = message.request if folder is None else folder.request
         request = decode_request(sent)
+        self._require_agreed(message, request)
+        if self._plan.trust is Trust.LOCAL:
+            folder = folder or SumFolder.begin(sums, message)
+            permit, stream = self._charged(request, folder)
+            reported = report(request, self._client, self._bench.learner, permit, stream)
+            answer = encode_report(reported.value)
+            folder.keep(message, b"", answer)
+            return answer
         terms = self._terms(message, request, sent)
         folder = folder or SumFolder.begin(sums, message)  # what is refused before is not kept
         session = ClientSession(self._facts.name, terms, self._facts.key)
         if folder.session:
             session = ClientSession.from_bytes(folder.session, terms, self._facts.key)
-        integers = self._integers(request, folder) if message.stage == _MASK else None
+        integers = None
+        if message.stage == _MASK:
+            permit, stream = self._charged(request, folder)
+            integers = share(request, self._client, self._bench.learner, permit=permit, rng=stream).numpy()
         answer = session.answer(message.body, integers)
         folder.keep(message, session.to_bytes(), answer)
         return answer
 
-    def _terms(self, message: Asked, request: Request, sent: bytes) -> Terms:
-        """What this site agrees to about the sum, or an error with the reason why not."""
+    def _require_agreed(self, message: Asked, request: Request) -> None:
+        """Refuse, with the reason, what is not of the run that this site agreed to."""
         self._client.require_plan(request)
         last = self._plan.rounds
         if not 1 <= request.round <= last:
@@ -150,13 +158,22 @@ class SiteRun:
         strangers = [name for name in message.members if name not in self._offered.sites]
         if strangers or self._facts.name not in message.members or len(set(message.members)) != len(message.members):
             raise MessageRefused("members of a sum are sites of the run, once each, and whom they are named to")
+        if message.stage and self._plan.trust is Trust.LOCAL:
+            raise MessageRefused(f"a report has one step: there is no step {message.stage}")
+
+    def _terms(self, message: Asked, request: Request, sent: bytes) -> Terms:
+        """What this site agrees to about the secure sum."""
         roster = {name: self._facts.roster[name] for name in message.members}
         size = size_of(request, self._client, self._bench.learner)
         return terms_of(request, self._plan, size=size, sum_id=message.sum_id, sent=sent, roster=roster)
 
-    def _integers(self, request: Request, folder: SumFolder) -> NDArray[np.int64]:
-        """This site's contribution, charged to its own ledgers before its noise is drawn."""
-        _, charged = noise_of(self._plan, request.purpose)
+    def _charged(self, request: Request, folder: SumFolder) -> tuple[Permit, SecureRandom]:
+        """Charge this site's own ledgers for a contribution; what its noise is then drawn with."""
+        charged = self._plan.event_in(request.round)
+        if request.purpose is Purpose.EVALUATION:
+            if self._plan.evaluation is None:
+                raise MessageRefused("the plan that this site agreed to has no evaluation")
+            charged = self._plan.evaluation.event
         stream = self._stream(request, folder)
         purpose, number = request.purpose.value, request.round
         for earlier in self._earlier(number):  # that a later round is asked for says that they were released
@@ -168,8 +185,7 @@ class SiteRun:
         self._facts.metrics.contributed(purpose)
         self._tell_spent()
         self._log.info("contributing", round=number, epsilon=self._ledger.spent().epsilon)
-        integers = share(request, self._client, self._bench.learner, permit=permit, rng=stream)
-        return np.asarray(integers.numpy())
+        return permit, stream
 
     def _require_room(self, offer: Offer) -> None:
         """Refuse a run that this site's ledgers could not pay for to its end, or whose ledgers were rolled back."""
@@ -230,6 +246,18 @@ def software() -> str:
     return version("dp-federated-lora-lab")
 
 
+def unfit_for_sites(config: Config) -> list[str]:
+    """Why a configuration cannot be run by sites of a network; empty if it can."""
+    reasons = []
+    if config.privacy.trust == "central":
+        reasons.append('sums without noise never leave a site: set privacy.trust = "distributed" or "local"')
+    if config.privacy.shuffler:
+        reasons.append("the coordinator knows whose report it gets: remove privacy.shuffler")
+    if config.federation.dropout_rate or config.ledger:
+        reasons.append("sites drop out by themselves and keep their own ledgers: remove federation.dropout_rate and [ledger]")
+    return reasons
+
+
 def _own(config: Config, facts: SiteFacts) -> Config:
     """The configuration without what would touch this machine's files or cores by somebody else's word."""
     run = config.run.model_copy(update={"out": str(facts.folder), "cache": None, "device": None, "threads": facts.threads})
@@ -246,7 +274,6 @@ def _require_alike(facts: SiteFacts, offered: Offered, config: Config) -> None:
         reasons.append(f"{len(sites)} sites are asked, for a plan of {config.federation.clients} participants with this one")
     if strangers := [name for name in sites if name not in facts.roster]:
         reasons.append(f"{strangers[0]} is not in the roster of this site's kit: get a newer kit, or refuse that site")
-    if config.privacy.trust != "distributed":
-        reasons.append('over a network contributions are added by secure aggregation: privacy.trust = "distributed"')
+    reasons += unfit_for_sites(config)
     if reasons:
         raise PolicyRefused("; ".join(reasons))

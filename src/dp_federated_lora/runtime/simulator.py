@@ -57,7 +57,7 @@ class Simulator:
         work = pieces(request, asked, rng, stack_tokens=self.stack_tokens, threads=self.learner.threads)
         yield from self.learner.spread(lambda learner, piece: piece(learner), work)
 
-    def reports(self, request: Request, sites: Sites) -> Iterator[Released]:
+    def reports(self, request: Request, sites: Sites, *, size: int) -> Iterator[Released]:
         """Noised replies one at a time.
 
         A client's permit and stream are made of the round's, so that a killed round is re-created; they stand for an entry in

@@ -1,4 +1,4 @@
-"""A server's request as bytes, and back: MessagePack around safetensors, checked against schema and size first."""
+"""A server's request, and a participant's report, as bytes and back: safetensors, checked against schema and size first."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ VERSION: Final = 1
 LIMIT: Final = 1 << 30
 """Most bytes of a request."""
 
+_REPORT: Final = "report"
+_HEADER: Final = 1024
+"""Most bytes that safetensors puts before the numbers of a report."""
 _PARTS: Final = ("adapter", "control", "centre")
 _KINDS: Final = (torch.float32, torch.float64)
 
@@ -41,6 +44,30 @@ def encode_request(request: Request) -> bytes:
     packed = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     facts = (request.purpose, request.round, request.plan_id, request.clip_norm, request.staleness)
     return msgspec.msgpack.encode(_Message(VERSION, *facts, packed))
+
+
+def encode_report(value: Tensor) -> bytes:
+    """What a participant reports, `(d,)`, as bytes."""
+    return save({_REPORT: value.to(torch.float64).contiguous()})
+
+
+def decode_report(data: bytes, *, size: int) -> Tensor:
+    """The report `(size,)` float64 in `data`; its numbers may be any, also none.
+
+    Raises:
+        MessageRefused: if it is anything else.
+    """
+    if len(data) > 8 * size + _HEADER:
+        raise MessageRefused(f"a report of {len(data):,} bytes where {8 * size + _HEADER:,} are the most it may have")
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise MessageRefused(f"not a report: {error}") from error
+    value = tensors.get(_REPORT)
+    if value is None or len(tensors) > 1 or value.dtype != torch.float64 or value.shape != (size,):
+        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        raise MessageRefused(f"a report is {size} float64 numbers, not {shapes}")
+    return value
 
 
 def decode_request(data: bytes, *, limit: int = LIMIT) -> Request:

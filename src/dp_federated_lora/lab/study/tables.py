@@ -61,7 +61,7 @@ class Row:
             return math.nan
         found = self.results[0]["scores"]
         unit = evaluation.loss_cap if score == "loss" else 1.0  # what one unit adds at most to the sum
-        of_ratio = math.hypot(unit, found[score]) * evaluation.BOUND * evaluation.noise_multiplier / found["units"]
+        of_ratio: float = math.hypot(unit, found[score]) * evaluation.BOUND * evaluation.noise_multiplier / found["units"]
         return float(normal.ppf(0.975)) * of_ratio
 
 
