@@ -34,10 +34,10 @@ from dp_federated_lora.runtime import Simulator
 from dp_federated_lora.training import Learner, LocalSteps
 
 
-def model_of(folder: Path) -> AdaptedModel:
-    """The adapted encoder."""
+def model_of(folder: Path, dtype: torch.dtype = torch.float32) -> AdaptedModel:
+    """The adapted encoder, with frozen weights of that type."""
     return adapt(
-        load_backbone(folder, Task.CLASSIFICATION),
+        load_backbone(folder, Task.CLASSIFICATION, dtype=dtype),
         task=Task.CLASSIFICATION,
         classes=CLASSES,
         rank=RANK,
@@ -99,7 +99,7 @@ def main() -> None:
     """A warm-up of few clients, then the round that counts."""
     options = arguments(__doc__)
     work = Work.load(options.work)
-    model = model_of(options.model)
+    model = model_of(options.model, torch.bfloat16 if options.bfloat16 else torch.float32)
     model.load(work.adapter)
     learner = Learner(model, pad_id=0, batch_tokens=4096, last_layers=None, threads=options.cores)
     torch.set_num_threads(options.cores)

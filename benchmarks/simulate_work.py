@@ -118,6 +118,7 @@ def arguments(doc: str | None) -> argparse.Namespace:
     parser.add_argument("--cores", type=int, required=True)
     parser.add_argument("--noise", type=float, default=0.0, help="multiplier; 0 to compare sums")
     parser.add_argument("--stack", type=int, help="tokens computed together, this project only")
+    parser.add_argument("--bfloat16", action="store_true", help="frozen weights in it, this project only")
     parser.add_argument("--update", type=Path, help="where the mean update goes, by name")
     return parser.parse_args()
 

@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from dp_federated_lora import evaluate, plan_run, train
-from dp_federated_lora.errors import CheckpointError, ConfigError, RunError, RunInterrupted, StorageError
+from dp_federated_lora.errors import CheckpointError, ConfigError, ModelError, RunError, RunInterrupted, StorageError
 from dp_federated_lora.federated import RoundKeyFile, RoundReport
 from dp_federated_lora.lab.config import Config, parse_config
 from dp_federated_lora.lab.directory import RunDirectory
+from dp_federated_lora.lab.sections import ModelSection
 from dp_federated_lora.lab.workbench import Workbench, head_of_labels
+from dp_federated_lora.lora import compute_device
 from dp_federated_lora.privacy import GaussianMechanism, Ledger
 from saved import adapter, same, with_peft
 
@@ -138,6 +140,39 @@ def test_the_head_alone_is_trained_first_and_a_resume_repeats_it_to_the_bit(raw_
     assert sizes[1] == sizes[2] < sizes[3]
 
 
+def test_a_gpu_that_is_wished_for_and_not_there_is_named(raw_config: Raw, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Workbench.of(configured(raw_config)).model.device.type == "cpu"
+    with pytest.raises(ModelError, match=r'\[run\] device = "cuda": torch .* sees no GPU here; install a CUDA build'):
+        Workbench.of(configured(raw_config, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("wish", "there", "place"), [(None, True, "cuda"), ("cuda", True, "cuda"), ("cpu", True, "cpu"), (None, False, "cpu")]
+)
+def test_models_compute_on_a_gpu_where_there_is_one_and_nobody_says_otherwise(
+    wish, there, place, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert compute_device(wish).type == place
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cpu", "expected"),
+    [
+        (True, {}, "bfloat16"),
+        (False, {"amx_bf16": True}, "float32"),  # an old GPU computes, whatever the CPU can
+        (None, {"avx512_bf16": True}, "bfloat16"),
+        (None, {}, "float32"),
+    ],
+)
+def test_the_type_that_auto_stands_for_is_that_of_what_computes(gpu, cpu, expected, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: gpu)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    assert ModelSection(source="x", task="classification", dtype="auto").dtype == expected
+
+
 def test_a_head_that_starts_from_label_names_knows_the_names_before_it_has_seen_data(raw_config: Raw, tmp_path: Path):
     raw_config["training"]["head_start"] = "labels"
     bench = Workbench.of(parse_config(raw_config, where="test"))
@@ -193,6 +228,7 @@ import dp_federated_lora.lab.run as lab
 from dp_federated_lora.lab.config import load_config
 from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.workbench import Workbench
+from dp_federated_lora.lora import compute_device
 from dp_federated_lora.privacy import GaussianMechanism, Ledger
 
 config, folder, *points = sys.argv[1:]
