@@ -20,7 +20,6 @@ from dp_federated_lora.errors import (
     LedgerCorrupt,
     LedgerKeyLost,
     PolicyRefused,
-    PrivacyError,
     SecureSumAborted,
 )
 from dp_federated_lora.federated import size_of, terms_of
@@ -28,8 +27,9 @@ from dp_federated_lora.lab.config import Config, parse_config
 from dp_federated_lora.lab.ledgers import ledgers_at
 from dp_federated_lora.lab.plans import privacy_plan
 from dp_federated_lora.lab.run import TrainResult
+from dp_federated_lora.lab.workbench import Workbench
 from dp_federated_lora.monitoring.metrics import read_metrics
-from dp_federated_lora.network.messages import Answered, Asked, Failed, encode
+from dp_federated_lora.network.messages import Answered, Asked, Failed, encode, from_site
 from dp_federated_lora.network.site_run import SiteRun
 from dp_federated_lora.runtime import decode_request, encode_report, encode_request
 from dp_federated_lora.secagg import ServerSession
@@ -362,25 +362,26 @@ def test_reports_that_are_lost_repeated_or_late_and_deaths_of_all_change_nothing
     assert [charges_of(tmp_path / "sites", name) for name in sites.keys] == [3] * 5
 
 
-def test_a_report_that_is_missing_or_misshapen_is_left_out_and_without_any_the_run_ends(reporting, tmp_path: Path):
+def test_a_report_that_is_missing_misshapen_or_huge_counts_as_nothing_and_without_any_the_run_ends(reporting, tmp_path: Path):
     config, expected = reporting
-    lost = {"client-3"}
+    lost, sent = {"client-3"}, Workbench.of(config).server(privacy_plan(config))[0].layout.size
 
     def fault(site: str, message: Asked, answers: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
-        wrong = encode(Answered(message.version, message.run, message.sum_id, 0, encode_report(torch.zeros(3))))
-        return [] if site in lost else [(site, wrong)] if site == "client-1" else answers
+        body = {"client-1": b"short", "client-2": encode_report(torch.full((sent,), 1e300, dtype=torch.float64))}.get(site)
+        wrong = [(site, encode(Answered(message.version, message.run, message.sum_id, 0, body or b"")))]
+        return [] if site in lost else wrong if body else answers
 
     sites = Sites(config, tmp_path / "sites")
     result = coordinate(config, sites, LocalLink(sites, fault), tmp_path / "out")
     assert adapter_bytes(result.path) != expected
     assert all(math.isfinite(row["update_norm"]) for row in read_metrics(tmp_path / "out" / "metrics.jsonl"))
-    assert "float64 numbers, not" in (tmp_path / "out" / "state" / "exchange.log").read_text()
+    assert "is not one of" in (tmp_path / "out" / "state" / "exchange.log").read_text()
     lost |= set(sites.keys)
     with pytest.raises(SecureSumAborted, match="no site reported"):
         coordinate(config, Sites(config, tmp_path / "others"), LocalLink(sites, fault), tmp_path / "nothing")
 
 
-def test_a_method_that_combines_whole_adapters_trains_over_a_link_and_needs_all_of_them(client_config: Raw, tmp_path: Path):
+def test_a_method_that_combines_whole_adapters_trains_over_a_link(client_config: Raw, tmp_path: Path):
     client_config["method"] = {"name": "flora"}
     client_config["privacy"]["sampling_rate"] = 1.0
     config = networked(client_config, trust="local")
@@ -388,8 +389,53 @@ def test_a_method_that_combines_whole_adapters_trains_over_a_link_and_needs_all_
     sites, others = Sites(config, tmp_path / "sites"), Sites(config, tmp_path / "others")
     assert adapter_bytes(coordinate(config, sites, LocalLink(sites), tmp_path / "out").path) == expected
     link = LocalLink(others, lambda site, _, answers: [] if site == "client-2" else answers)
-    with pytest.raises(PrivacyError, match="4 reports of 5"):
-        coordinate(config, others, link, tmp_path / "short")
+    assert adapter_bytes(coordinate(config, others, link, tmp_path / "short").path) != expected  # with a change of zero
+
+
+def test_a_rule_bears_a_site_that_is_silent_and_one_that_sends_garbage(client_config: Raw, tmp_path: Path):
+    client_config["robust"] = {"rule": "median", "byzantine": 2}
+    config = networked(client_config, trust="local")
+    sites = Sites(config, tmp_path / "sites")
+
+    def fault(site: str, message: Asked, answers: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+        garbage = [(site, encode(Answered(message.version, message.run, message.sum_id, 0, b"garbage")))]
+        return {"client-3": [], "client-1": garbage}.get(site, answers)
+
+    result = coordinate(config, sites, LocalLink(sites, fault), tmp_path / "out")
+    assert [row["round"] for row in read_metrics(result.path / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"privacy": {"groups": [{"epsilon": 8.0, "clients": 1}, {"epsilon": 1.0, "clients": 4}]}}, "one budget"),
+        ({"federation": {"max_staleness": 1}}, "newest adapter"),
+        ({"method": {"name": "fedsa"}}, "keep nothing"),
+        ({"training": {"local_control": "scaffold"}}, "keep nothing"),
+    ],
+)
+def test_what_sites_cannot_keep_to_is_refused(client_config: Raw, tmp_path: Path, changes: Raw, match: str):
+    networked(client_config, trust="local")
+    for section, values in changes.items():
+        client_config.setdefault(section, {}).update(values)
+    with pytest.raises(PolicyRefused, match=match):
+        Sites(parse_config(client_config, where="test"), tmp_path / "sites")
+
+
+def test_a_late_duplicate_of_a_published_rounds_request_leaves_the_sum_under_way_alone(reporting, tmp_path: Path):
+    config, expected = reporting
+    sites, first = Sites(config, tmp_path / "sites"), list[Asked]()
+
+    def fault(site: str, message: Asked, answers: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+        if site == "client-2":
+            first.append(message)
+            if len(first) > 1:
+                assert "was published" in reason(sites.runs[site].answer(first[0]))
+                assert sites.runs[site].answer(message) == from_site(answers[0][1])
+        return answers
+
+    assert adapter_bytes(coordinate(config, sites, LocalLink(sites, fault), tmp_path / "out").path) == expected
+    assert charges_of(tmp_path / "sites", "client-2") == 3
 
 
 def test_a_shuffler_that_is_not_there_is_refused(client_config: Raw, tmp_path: Path):

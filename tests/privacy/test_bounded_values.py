@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis.extra.numpy import arrays
 from devices import NEEDS_GPU
 from dp_federated_lora.errors import DuplicateContribution, PrivacyError
 from dp_federated_lora.privacy import Bounded, BoundedSum, UnitId, clip_examples, clip_to
+from dp_federated_lora.privacy.clipping import _to_lattice
 
 vectors = arrays(np.float32, st.integers(1, 40), elements=st.floats(width=32, allow_nan=True, allow_infinity=True))
 norms = st.floats(1e-6, 1e6)
@@ -57,6 +59,33 @@ def test_rows_are_clipped_one_by_one_and_summed():
     rows = torch.tensor([[3.0, 4.0], [0.3, 0.4], [float("nan"), 0.0]])
     total = clip_examples(rows, 1.0, [unit("a"), unit("b"), unit("c")])._value.double() / 2**22
     assert torch.allclose(total, torch.tensor([0.9, 1.2], dtype=torch.float64), atol=2**-20)
+
+
+def test_a_block_of_rows_is_clipped_like_each_row_alone():
+    """As on a GPU, where rows come in blocks: whatever the other rows are."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([0.0, 1e-30, 1e-3, 1.0, 1e6, 1e300, math.inf, math.nan], dtype=torch.float64)
+    rows = sizes[:, None] * torch.randn(8, 57, generator=generator, dtype=torch.float64)
+    rows[5, 0] = 0.0
+    rows[3, 7] = -math.inf
+    rows[2, 7] = math.nan
+    block = _to_lattice(rows, 0.7)
+    assert torch.equal(block, torch.stack([_to_lattice(row, 0.7) for row in rows]))
+    assert all(sum(int(k) ** 2 for k in row.tolist()) <= 4**22 for row in block)
+    assert [bool(row.any()) for row in block] == [False, False, False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("clip", [1e-101, 7.2e-317])
+def test_clip_norms_whose_lattice_floats_cannot_hold_are_refused(clip: float):
+    with pytest.raises(PrivacyError, match="at least 1e-100"):
+        clip_to(torch.tensor([0.3, 0.4]), clip, unit())
+
+
+@given(arrays(np.float64, st.integers(1, 9), elements=st.floats(allow_nan=False, allow_infinity=False)), st.floats(1e-100, 1e300))
+@settings(deadline=None)
+def test_the_bound_holds_for_float64_of_any_size(vector: np.ndarray, clip: float):
+    lattice = clip_to(torch.from_numpy(vector), clip, unit())._value.tolist()
+    assert sum(k * k for k in lattice) <= 4**22
 
 
 @NEEDS_GPU

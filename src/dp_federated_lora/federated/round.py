@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -20,6 +21,7 @@ from dp_federated_lora.aggregation import (
     components,
     truncated,
 )
+from dp_federated_lora.aggregation.robust import LONGEST
 from dp_federated_lora.errors import BudgetExhausted, IncompatiblePlan, PrivacyError
 from dp_federated_lora.federated.checkpoint import ServerState
 from dp_federated_lora.federated.client import Purpose, Request
@@ -63,10 +65,10 @@ class Exchange(Protocol):
     def reports(self, request: Request, sites: Sites, *, size: int) -> Iterator[Released]:
         """Replies `(size,)` of the clients named in `sites`, in order, with noise of their own for that permit from that stream.
 
-        A client that drops out, or whose reply has another shape, is left out.
+        A client that drops out is left out, or has a reply of NaN, which counts as nothing.
 
         Raises:
-            SecureSumAborted: if nobody replied.
+            SecureSumAborted: if nobody replied, where clients can drop out.
         """
 
     def opened(self, request: Request, sites: Sites, members: Sequence[str], *, size: int) -> Tensor:
@@ -351,7 +353,9 @@ class Server:
         for reply in chain.from_iterable(replies):
             if reply.value.shape != (size,):
                 raise PrivacyError(f"a report of shape {tuple(reply.value.shape)} cannot enter a sum of {size} coordinates")
-            yield reply
+            # One that nobody's clipped and noised numbers could be would make an adapter that no client can compute with.
+            honest = float(torch.linalg.vector_norm(reply.value)) < LONGEST
+            yield reply if honest else replace(reply, value=torch.full_like(reply.value, math.nan))
 
     def _opened(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import time
 from collections import deque
@@ -46,7 +47,7 @@ class SiteExchange:
     """Secure sums of sites, and reports of sites, which are asked for as sums of one step.
 
     A step of a sum ends when all have answered or at its deadline; the first, before which nothing is charged, waits until enough
-    are there. Who was in each step is on disk before the next begins, so
+    are there. A report is charged in its only step. Who was in each step is on disk before the next begins, so
     that a coordinator that died continues the same sum, whose answers sites send again.
 
     Args:
@@ -93,13 +94,20 @@ class SiteExchange:
         raise IncompatiblePlan('sums without noise never leave a site: submit privacy.trust = "distributed" or "local"')
 
     def reports(self, request: Request, sites: Sites, *, size: int) -> Iterator[Released]:
-        """Reports of sites, in the order of participants; each charges its own ledger, and draws its own noise."""
+        """Reports of sites, in the order of participants; each charges its own ledger, and draws its own noise.
+
+        A site that does not answer in time, or with another shape, counts as one that sent no number.
+        """
         members = [name for name in self.names if name in sites]
         sum_id, sent = self._begin(request, sites, members)
         values: dict[str, Tensor] = {}
 
         def take(name: str, body: bytes) -> None:
-            values[name] = decode_report(body, size=size)
+            try:
+                values[name] = decode_report(body, size=size)
+            except MessageRefused as error:
+                self._log.warning("a report was refused", site=name, reason=str(error))
+                self._metrics.refused("answer")
 
         def ask(_: str) -> bytes:
             return encode(Asked(VERSION, self._run, sum_id, tuple(members), 0, sent, b""))
@@ -111,9 +119,9 @@ class SiteExchange:
         evaluation = self._plan.evaluation if request.purpose is Purpose.EVALUATION else None
         source, bound = (evaluation, evaluation.BOUND) if evaluation else (self._plan, self._plan.sensitivity(request.clip_norm))
         noise_std = source.mechanism.noise_multiplier * bound
+        nothing = torch.full((size,), math.nan, dtype=torch.float64)
         for name in members:
-            if name in values:
-                yield Released(values[name], noise_std, sites[name][1].insecure)
+            yield Released(values.get(name, nothing), noise_std, sites[name][1].insecure)
 
     def opened(self, request: Request, sites: Sites, members: Sequence[str], *, size: int) -> Tensor:
         """A secure sum of sites; each charges its own ledger, and draws its own noise."""

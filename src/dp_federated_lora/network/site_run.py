@@ -14,7 +14,7 @@ from dp_federated_lora.errors import DpflError, LedgerCorrupt, MessageRefused, P
 from dp_federated_lora.federated import ClientMemory, Purpose, Request, RoundKeyFile, report, share, size_of, terms_of
 from dp_federated_lora.lab.config import Config, parse_config_text
 from dp_federated_lora.lab.plans import privacy_plan
-from dp_federated_lora.lab.workbench import Workbench
+from dp_federated_lora.lab.workbench import Workbench, linear_method
 from dp_federated_lora.monitoring.log import open_log
 from dp_federated_lora.monitoring.prometheus import SiteMetrics
 from dp_federated_lora.network.messages import VERSION, Answered, Asked, Failed, Offered
@@ -155,6 +155,9 @@ class SiteRun:
             raise MessageRefused(f"round {request.round} of a run of {last}: there is no such round")
         if request.clip_norm != self._plan.clip_norm and self._plan.adaptive_clip is None:
             raise MessageRefused(f"clip norm {request.clip_norm:g} where the plan says {self._plan.clip_norm:g}")
+        if request.purpose is Purpose.EVALUATION and self._plan.evaluation is None:
+            raise MessageRefused("the plan that this site agreed to has no evaluation")
+        self._ledger.require_open(request.round, request.purpose.value)
         strangers = [name for name in message.members if name not in self._offered.sites]
         if strangers or self._facts.name not in message.members or len(set(message.members)) != len(message.members):
             raise MessageRefused("members of a sum are sites of the run, once each, and whom they are named to")
@@ -169,11 +172,8 @@ class SiteRun:
 
     def _charged(self, request: Request, folder: SumFolder) -> tuple[Permit, SecureRandom]:
         """Charge this site's own ledgers for a contribution; what its noise is then drawn with."""
-        charged = self._plan.event_in(request.round)
-        if request.purpose is Purpose.EVALUATION:
-            if self._plan.evaluation is None:
-                raise MessageRefused("the plan that this site agreed to has no evaluation")
-            charged = self._plan.evaluation.event
+        evaluation = self._plan.evaluation if request.purpose is Purpose.EVALUATION else None
+        charged = self._plan.event_in(request.round) if evaluation is None else evaluation.event
         stream = self._stream(request, folder)
         purpose, number = request.purpose.value, request.round
         for earlier in self._earlier(number):  # that a later round is asked for says that they were released
@@ -253,6 +253,10 @@ def unfit_for_sites(config: Config) -> list[str]:
         reasons.append('sums without noise never leave a site: set privacy.trust = "distributed" or "local"')
     if config.privacy.shuffler:
         reasons.append("the coordinator knows whose report it gets: remove privacy.shuffler")
+    if config.privacy.groups or config.federation.max_staleness:
+        reasons.append("sites know one budget, and get the newest adapter: remove privacy.groups and federation.max_staleness")
+    if linear_method(config).kept or config.training.local_control:
+        reasons.append("sites keep nothing from round to round: choose another method, and remove training.local_control")
     if config.federation.dropout_rate or config.ledger:
         reasons.append("sites drop out by themselves and keep their own ledgers: remove federation.dropout_rate and [ledger]")
     return reasons

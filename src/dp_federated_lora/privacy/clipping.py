@@ -22,6 +22,8 @@ from dp_federated_lora.privacy.bounded import LATTICE_BITS, Bounded, BoundedSum,
 
 _SQUARED_BOUND: Final = 4**LATTICE_BITS
 
+_LEAST: Final = 1e-100
+
 _BLOCK: Final = 2**24
 """Numbers that are clipped at a time on a GPU."""
 
@@ -30,10 +32,10 @@ def resolution(clip_norm: float) -> float:
     """Distance of neighbouring lattice points, C / 2^22.
 
     Raises:
-        PrivacyError: if the clip norm is not positive and finite.
+        PrivacyError: if the clip norm is not finite, or below 1e-100, where squares of numbers as small as it underflow.
     """
-    if not (math.isfinite(clip_norm) and clip_norm > 0):
-        raise PrivacyError(f"the clip norm must be positive and finite, got {clip_norm}")
+    if not (math.isfinite(clip_norm) and clip_norm >= _LEAST):
+        raise PrivacyError(f"the clip norm must be finite and at least {_LEAST:g}, got {clip_norm}")
     return math.ldexp(clip_norm, -LATTICE_BITS)
 
 
@@ -155,5 +157,5 @@ def _to_lattice(rows: Tensor, clip_norm: float, share: float = 1.0) -> Tensor:
     if not bool((squared <= limit).all()):
         # Rounding of the scale can leave an excess of parts in 1e16; one lattice step off every coordinate removes it.
         lattice -= lattice.sign() * (squared > limit)
-        lattice.masked_fill_(squared.isnan(), 0.0)
+        lattice.masked_fill_(~(torch.linalg.vecdot(lattice, lattice)[..., None] <= limit), 0.0)
     return lattice

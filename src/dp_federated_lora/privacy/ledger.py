@@ -320,9 +320,13 @@ class Ledger:
         last = next((row for row in reversed(self._rows) if row.kind == "reserve"), None)
         return None if last is None or last.serial in self._published else last
 
-    def _has_paid(self, charged: DpEvent, number: int, purpose: str, commitment: str, body: str) -> bool:
+    def require_open(self, number: int, purpose: str) -> None:
+        """Refuse, by `RoundAlreadyReleased`, a round that was published."""
         if (number, purpose) in self._published.values():
             raise RoundAlreadyReleased(f"round {number} ({purpose}) was published; it is never released again")
+
+    def _has_paid(self, charged: DpEvent, number: int, purpose: str, commitment: str, body: str) -> bool:
+        self.require_open(number, purpose)
         row = self._charges.get(commitment)
         if row is not None and (row.round, row.body) != (number, body):
             raise PrivacyError(f"the key of round {number} was used before: its noise would repeat; nothing was charged")

@@ -21,7 +21,7 @@ from dp_federated_lora.privacy import Released
 
 Array = NDArray[np.float64]
 
-_LONGEST: Final = 1e18  # squares of longer vectors overflow float32; no honest update is near it
+LONGEST: Final = 1e18  # squares of longer vectors overflow float32; no honest update is near it
 _WIDTH: Final = 8192  # float32 inner products of this length, added in float64: relative error 1e-8, a third of the speed lost
 _CANCELLED: Final = 0.01  # squared distances below this share of squared lengths have lost too many digits
 
@@ -168,7 +168,7 @@ class Updates:
         if count + 1 == len(self._rows):
             raise AggregationError(f"there is room for {count} updates and all have arrived; a client sends one in a round")
         difference = value.to(torch.float64) - self._centre
-        if not float(torch.linalg.vector_norm(difference)) < _LONGEST:
+        if not float(torch.linalg.vector_norm(difference)) < LONGEST:
             self.non_finite += 1
             return
         digest = hashlib.sha256(value.to(torch.float64).contiguous().numpy().data).digest()
