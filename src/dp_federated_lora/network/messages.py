@@ -63,7 +63,7 @@ class Refused(Message, frozen=True, array_like=True, tag="refused"):
 
 
 class Asked(Message, frozen=True, array_like=True, tag="asked"):
-    """To a site: the next step of a secure sum.
+    """To a site: the next step of a secure sum; a report is a sum of one step.
 
     Args:
         sum_id: of the sum; a site charges each anew.

@@ -1,4 +1,4 @@
-"""Secure sums at a site that survive its death: an answer is on disk before it is sent, and is sent again if asked for again."""
+"""Secure sums and reports at a site that survive its death: an answer is on disk before it is sent, and sent again if asked for."""
 
 from __future__ import annotations
 
