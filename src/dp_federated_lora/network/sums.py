@@ -1,4 +1,4 @@
-"""Secure sums and reports at a site that survive its death: an answer is on disk before it is sent, and sent again if asked for."""
+"""Secure sums and reports at a site that survive its death: an answer is on disk before it is sent, and sent again on demand."""
 
 from __future__ import annotations
 
